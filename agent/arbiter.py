@@ -1,0 +1,97 @@
+"""Whose turn it is at the engine: completions first, one at a time; explanations in between.
+
+An explanation that is under way is broken off between two decode steps (or batches of prefill) when a completion is
+asked for, and taken up again from the tokens it has once no completion waits. Knows requests and streams, no models.
+
+Invariant: at most one stream of the engine is open.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+from agent.engines.base import Decoded, Engine, Event, Finished, GenerationRequest, Prefilled, Task, Token
+from agent.racing import until
+from agent.types import Chat
+
+
+class Arbiter:
+    """An engine for several askers."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Take charge of `engine`, which nobody else may use from now on."""
+        self.context_tokens = engine.context_tokens
+        self._engine = engine
+        self._turn = asyncio.Lock()
+        self._waiting = 0  # completions that wait or run
+        self._wanted = asyncio.Event()  # set while there are any
+        self._calm = asyncio.Event()  # set while there are none
+        self._calm.set()
+
+    async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
+        """Return the tokens of `text`; needs no turn."""
+        return await self._engine.tokenize(text, special=special)
+
+    async def start_ids(self) -> tuple[int, ...]:
+        """Return the ids with which every prompt begins."""
+        return await self._engine.start_ids()
+
+    async def chat_ids(self, chat: Chat) -> tuple[int, ...]:
+        """Return the prompt for a chat."""
+        return await self._engine.chat_ids(chat)
+
+    async def attach(self, adapters: Sequence[str]) -> None:
+        """Load adapters, when it is nobody's turn."""
+        async with self._turn:
+            await self._engine.attach(adapters)
+
+    async def close(self) -> None:
+        """Free the engine, when it is nobody's turn."""
+        async with self._turn:
+            await self._engine.close()
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Continue a prompt, when it is its turn."""
+        return self._first(request) if request.task is Task.COMPLETION else self._between(request)
+
+    async def _first(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self._waiting += 1
+        self._wanted.set()
+        self._calm.clear()
+        try:
+            async with self._turn, aclosing(self._engine.generate(request)) as stream:
+                async for event in stream:
+                    yield event
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._wanted.clear()
+                self._calm.set()
+
+    async def _between(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        ids: list[int] = []
+        prefilled = progress = 0
+        cached: int | None = None
+        while len(ids) < request.max_tokens:
+            await self._calm.wait()
+            async with self._turn:
+                if self._wanted.is_set():
+                    continue
+                prefilled, progress = prefilled + progress, 0
+                rest = replace(
+                    request, prompt_ids=(*request.prompt_ids, *ids), max_tokens=request.max_tokens - len(ids)
+                )
+                async with aclosing(until(self._wanted, self._engine.generate(rest))) as stream:
+                    async for event in stream:
+                        if isinstance(event, Prefilled):
+                            cached = event.cached_tokens if cached is None else cached
+                            progress = event.done_tokens - event.cached_tokens
+                        elif isinstance(event, Decoded):
+                            ids += event.ids
+                        else:
+                            total = prefilled + event.prefill_tokens
+                            yield Finished(event.ended, total, cached or 0, len(ids))
+                            return
+                        yield event
+        yield Finished(ended=False, prefill_tokens=prefilled + progress, cached_tokens=cached or 0, decoded_tokens=len(ids))

@@ -1,0 +1,316 @@
+"""The command `tabwise`.
+
+Turns arguments into calls and answers into lines of text or JSON; every error is one line on standard error and a
+non-zero exit. Knows no model: what a model must answer is asked of the daemon.
+"""
+
+import asyncio
+import json
+import sys
+import uuid
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from agent import catalog, config, crash_guard, doctor, paths, pull, source_file
+from agent.errors import DaemonError, InputError, TabwiseError
+from agent.types import Completion, CompletionRequest, Document, Explanation, ExplanationRequest, Snippet, Trigger
+from agent.version import __version__
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="tabwise",
+    help="A local coding assistant that learns from the Tab key.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+models = typer.Typer(help="The models on this machine, and those that can be had.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+out = Console()
+err = Console(stderr=True)
+
+_STOP_S = 10.0  # for the daemon to end once it was told to; it cuts open requests after two
+_WINDOW_CHARS = 24_000  # before and behind the cursor: far more than any budget of tokens takes
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tabwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    del version
+
+
+def _talk(work: Callable[[Any], Coroutine[Any, Any, T]], *, start: bool = True) -> T:
+    """Run `work` with a client of the daemon, which is started first where it is needed."""
+    from agent.client import DaemonClient  # httpx takes 0.1 s to import, and half of the commands need none
+
+    async def run() -> T:
+        async with DaemonClient() as client:
+            if start:
+                await client.ensure_daemon()
+            return await work(client)
+
+    return asyncio.run(run())
+
+
+@app.command()
+def complete(
+    place: Annotated[str, typer.Argument(metavar="FILE:LINE:COL", help="Where to complete; both count from 1.")],
+    context: Annotated[
+        list[Path] | None, typer.Option(help="A file whose text may help; can be given several times.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Complete the code at a place of a file."""
+    path, line, column = source_file.parse_place(place)
+    source = source_file.read(path)
+    prefix, suffix = source.split_at(line, column)
+    config.load()  # so that wrong settings are told here, and not in the log of a daemon that cannot start
+    start = max(0, len(prefix) - _WINDOW_CHARS)
+    if start:
+        start = prefix.find("\n", start) + 1 or start
+    request = CompletionRequest(
+        id=uuid.uuid4().hex,
+        document=Document(source.path.absolute().as_uri(), 0, str(path), source.language),
+        prefix=prefix[start:],
+        suffix=suffix[:_WINDOW_CHARS],
+        snippets=tuple(Snippet(str(file), source_file.read(file).text) for file in context or ()),
+        trigger=Trigger.MANUAL,
+    )
+
+    async def ask(client: Any) -> Completion:
+        async with aclosing(client.complete(request)) as stream:
+            async for part in stream:
+                if isinstance(part, Completion):
+                    return part
+        raise DaemonError("the daemon sent no completion; try again")
+
+    completion = _talk(ask)
+    if as_json:
+        fields = {
+            "text": completion.text,
+            "source": completion.source.value,
+            "stop_reason": completion.stop_reason.value,
+            "timing": _timing(completion.timing),
+        }
+        typer.echo(json.dumps(fields, ensure_ascii=False))
+    else:
+        typer.echo(completion.text)
+
+
+def _timing(timing: Any) -> dict[str, Any]:
+    names = ("total_ms", "first_text_ms", "prefill_tokens", "cached_tokens", "decoded_tokens")
+    return {name: getattr(timing, name) for name in names}
+
+
+@app.command()
+def explain(
+    span: Annotated[str, typer.Argument(metavar="FILE[:START-END]", help="What to explain; lines count from 1.")],
+    language: Annotated[str | None, typer.Option(help="Language of the answer; explain.language if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Explain a file or some of its lines."""
+    path, start, end = source_file.parse_span(span)
+    source = source_file.read(path)
+    code = source.text if start is None else source.lines(start, end or start)
+    if not code.strip():
+        raise InputError(f"{span} holds no code; choose other lines")
+    settings = config.load()
+    request = ExplanationRequest(
+        uuid.uuid4().hex, str(path), source.language, code, language or settings.explain.language
+    )
+    streaming = not as_json and not out.is_terminal
+
+    async def ask(client: Any) -> Explanation:
+        with err.status("reading the code …"):
+            async with aclosing(client.explain(request)) as stream:
+                async for part in stream:
+                    if isinstance(part, Explanation):
+                        return part
+                    if streaming:
+                        typer.echo(part, nl=False)
+        raise DaemonError("the daemon sent no explanation; try again")
+
+    explanation = _talk(ask)
+    if as_json:
+        fields = {
+            "markdown": explanation.markdown,
+            "stop_reason": explanation.stop_reason.value,
+            "timing": _timing(explanation.timing),
+        }
+        typer.echo(json.dumps(fields, ensure_ascii=False))
+    elif streaming:
+        typer.echo()
+    else:
+        out.print(Markdown(explanation.markdown))
+
+
+@app.command()
+def serve() -> None:
+    """Run the daemon here, until Ctrl+C; editors otherwise start it by themselves."""
+    from agent import serve as daemon  # uvicorn and starlette, which no other command needs
+
+    err.print(f"[dim]the daemon runs; its log is {paths.log_dir() / 'daemon.log'}[/dim]")
+    if daemon.main() == daemon.ALREADY_RUNNING:
+        raise DaemonError("a daemon runs already; see: tabwise status")
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Show what the daemon is doing."""
+
+    async def ask(client: Any) -> dict[str, Any] | None:
+        if await client.health() is None:
+            return None
+        found: dict[str, Any] = await client.status()
+        return found
+
+    found = _talk(ask, start=False)
+    if as_json:
+        typer.echo(json.dumps(found or {"running": False}))
+    elif found is None:
+        typer.echo("no daemon runs; it is started with the first request")
+    else:
+        model = found["model"]
+        table = Table(box=None, show_header=False)
+        table.add_row("daemon", f"version {found['version']}, pid {found['pid']}, up {found['uptime_s']:.0f} s")
+        table.add_row("model", f"{model['name']}: {model['state']}" + (f" ({model['error']})" if model["error"] else ""))
+        table.add_row("served", ", ".join(f"{count} {what}" for what, count in found["served"].items()))
+        if found["tcp_port"]:
+            table.add_row("TCP", f"127.0.0.1:{found['tcp_port']}, token in {paths.runtime_dir() / 'token'}")
+        out.print(table)
+
+
+@app.command()
+def stop() -> None:
+    """End the daemon."""
+
+    async def ask(client: Any) -> bool:
+        if await client.health() is None:
+            return False
+        await client.shutdown()
+        if not await client.wait_until_gone(_STOP_S):
+            raise DaemonError(f"the daemon still answers after {_STOP_S:.0f} s; see: tabwise status")
+        return True
+
+    typer.echo("stopped" if _talk(ask, start=False) else "no daemon runs")
+
+
+@app.command("doctor")
+def show_doctor(as_json: Json = False) -> None:
+    """Look at what is installed, what will run, and what is missing."""
+    findings = doctor.examine()
+    if as_json:
+        typer.echo(json.dumps([{"topic": f.topic, "ok": f.ok, "text": f.text, "mend": f.mend} for f in findings]))
+    else:
+        table = Table(box=None, show_header=False)
+        marks = {True: "[green]ok[/green]", False: "[red]!![/red]", None: ""}
+        for finding in findings:
+            mend = f"\n→ {finding.mend}" if finding.mend else ""
+            table.add_row(marks[finding.ok], finding.topic, finding.text + mend)
+        out.print(table)
+    if any(finding.ok is False for finding in findings):
+        raise typer.Exit(1)
+
+
+@models.command("list")
+def list_models(as_json: Json = False) -> None:
+    """Show the models that Tabwise knows."""
+    known = catalog.entries().values()
+    if as_json:
+        rows = [{"name": e.name, "licence": e.licence, "format": e.format, "pulled": catalog.is_pulled(e.name)} for e in known]
+        typer.echo(json.dumps(rows))
+        return
+    table = Table(box=None)
+    for heading in ("name", "model", "licence", "format", "context", "here"):
+        table.add_column(heading)
+    for entry in known:
+        here = "yes" if catalog.is_pulled(entry.name) else ""
+        table.add_row(entry.name, entry.title, entry.licence, entry.format, f"{entry.context_tokens}", here)
+    out.print(table)
+
+
+@models.command("pull")
+def pull_model(name: Annotated[str, typer.Argument(help="A name of `tabwise models list`.")]) -> None:
+    """Bring a model onto this machine."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as progress:
+        folder = pull.pull(name, _Bars(progress))
+    typer.echo(folder)
+
+
+class _Bars:
+    """Shows a pull's stages as bars."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: Any = None
+
+    def start(self, what: str, total_bytes: int, done_bytes: int) -> None:
+        self._task = self._progress.add_task(what, total=total_bytes or None, completed=done_bytes)
+
+    def advance(self, n_bytes: int) -> None:
+        self._progress.advance(self._task, n_bytes)
+
+
+@models.command("path")
+def model_path(name: Annotated[str, typer.Argument(help="A name of `tabwise models list`, or a path.")]) -> None:
+    """Print where a model lies, after checking its file."""
+    typer.echo(catalog.find(name).path)
+
+
+@models.command("remove")
+def remove_model(name: Annotated[str, typer.Argument(help="A name of `tabwise models list`.")]) -> None:
+    """Delete a model from this machine."""
+    catalog.remove(name)
+    typer.echo(f"removed {name}")
+
+
+@models.command("retry")
+def retry_model(name: Annotated[str, typer.Argument(help="A model that was set aside.")]) -> None:
+    """Give a model that was set aside after crashes another chance."""
+    found = crash_guard.forgive(paths.data_dir() / "state", name)
+    typer.echo(f"{name} will be tried again" if found else f"{name} was not set aside")
+
+
+def _one_line_errors(run: Callable[[], None]) -> Callable[[], None]:
+    @wraps(run)
+    def guarded() -> None:
+        try:
+            run()
+        except TabwiseError as error:
+            typer.secho(f"tabwise: {error}", fg="red", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return guarded
+
+
+@_one_line_errors
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""From a request to a completion: prompt, engine, stop rules, filters.
+
+Knows the order of these steps, and nothing of HTTP or of the editor. Streams what is sure to stay; the `Completion` at
+the end is what counts, since filters see the whole text only then.
+"""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from agent import context, fim, healing, postprocess, stopping
+from agent.config import CompletionSettings
+from agent.context import Surroundings
+from agent.engines.base import Decoded, Finished, GenerationRequest, Prefilled
+from agent.errors import EngineError
+from agent.loaded import LoadedModel
+from agent.types import Completion, CompletionRequest, Generation, Snippet, Source, StopReason, Timing
+
+_TRIES_TO_FIT = 8  # each halves the error of the estimate; more are never needed
+_DETOURS = 4  # healed tokens that may be forced before the text is taken as it stands
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A completion, and how it came about."""
+
+    completion: Completion
+    generation: Generation | None
+    """None where the engine was not asked."""
+
+
+@dataclass(slots=True)
+class _Trace:
+    """What happened at the engine, as it happens."""
+
+    prompt_ids: tuple[int, ...] = ()
+    output_ids: list[int] = field(default_factory=list)
+    output_logps: list[float] = field(default_factory=list)
+    exact: bool = True
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    decoded_tokens: int = 0
+    ended: bool = False
+
+    def prefilled(self, event: Prefilled, *, first: bool) -> None:
+        if first:
+            self.cached_tokens = event.cached_tokens
+        self.prefill_tokens = max(self.prefill_tokens, event.total_tokens - event.cached_tokens)
+
+    def decoded(self, event: Decoded) -> None:
+        self.output_ids += event.ids
+        self.output_logps += event.logps
+        self.exact = self.exact and event.exact
+        self.decoded_tokens += len(event.ids)
+
+
+async def complete(
+    loaded: LoadedModel, request: CompletionRequest, settings: CompletionSettings
+) -> AsyncGenerator[str | Completed, None]:
+    """Answer a request.
+
+    Args:
+        loaded: Model to ask.
+        request: What is wanted.
+        settings: Budgets.
+
+    Returns:
+        Parts of the text as soon as they are sure to stay, then one `Completed`. Closing it cancels the work.
+
+    Raises:
+        EngineError: The engine broke or refused.
+    """
+    started = time.perf_counter()
+    if context.is_secret(request.document.path):
+        nothing = Timing(_ms(started), None, 0, 0, 0)
+        yield Completed(
+            Completion(request.id, "", Source.ENGINE, StopReason.END, nothing, dropped_by="is_secret"), None
+        )
+        return
+    around = context.surroundings(request.prefix, request.suffix, request.anchor)
+    multiline = context.wants_block(around) if request.multiline is None else request.multiline
+    rules = stopping.rules_for(around, multiline=multiline, max_lines=settings.block_lines)
+    budget = request.max_tokens or (settings.block_tokens if multiline else settings.line_tokens)
+    trace = _Trace()
+    text, told, first_text_ms = "", 0, None
+    stop: stopping.Stop | None = None
+    async with aclosing(_write(loaded, around, request, settings, budget, trace)) as parts:
+        async for part in parts:
+            text += part
+            if first_text_ms is None and text.strip():
+                first_text_ms = _ms(started)
+            stop = stopping.find_stop(text, rules)
+            sure = stop.end if stop else _sure(text, multiline=multiline)
+            if sure > told:
+                yield text[told:sure]
+                told = sure
+            if stop:
+                break
+    text, reason = _ending(text, stop, rules, ended=trace.ended)
+    kept, dropped_by = postprocess.clean(text, around)
+    timing = Timing(_ms(started), first_text_ms, trace.prefill_tokens, trace.cached_tokens, trace.decoded_tokens)
+    replaced = postprocess.replaced_chars(kept, around)
+    completion = Completion(request.id, kept, Source.ENGINE, reason, timing, replaced, dropped_by)
+    yield Completed(completion, _facts(loaded, request.id, trace))
+
+
+def _ending(
+    text: str, stop: stopping.Stop | None, rules: stopping.StopRules, *, ended: bool
+) -> tuple[str, StopReason]:
+    stop = stop or stopping.find_stop(text, rules, final=True)
+    if stop:
+        return text[: stop.end], stop.reason
+    if ended:
+        return text, StopReason.END
+    return (stopping.whole_lines(text) if rules.multiline else text), StopReason.BUDGET
+
+
+def _sure(text: str, *, multiline: bool) -> int:
+    # Of a block, a line is only sure once the next has begun: the rules look at whole lines.
+    return text.rfind("\n") if multiline and "\n" in text else 0 if multiline else len(text)
+
+
+async def _write(
+    loaded: LoadedModel,
+    around: Surroundings,
+    request: CompletionRequest,
+    settings: CompletionSettings,
+    budget: int,
+    trace: _Trace,
+) -> AsyncGenerator[str, None]:
+    """Yield the model's text behind the cursor, as it comes.
+
+    The last token before the cursor is taken back and must be written again (see `healing`). Where the likeliest token
+    does not do that, the likeliest one that does is taken; where none does, the text is continued as it stands.
+    """
+    prompt_ids, live_ids = await _prompt(loaded, around, request, settings)
+    tokens = await loaded.engine.tokenize(around.live)
+    healed = healing.take_back(tokens) if live_ids else healing.Healed((), "")
+    said, forced, first = "", (), True
+    for _ in range(_DETOURS):
+        trace.prompt_ids = (*prompt_ids, *healed.kept_ids)
+        detour = None
+        ask = GenerationRequest(
+            prompt_ids=(*trace.prompt_ids, *forced),
+            max_tokens=max(1, budget - trace.decoded_tokens),
+            alternatives=healing.N_ALTERNATIVES if len(said) < len(healed.wanted) else 1,
+        )
+        async with aclosing(loaded.engine.generate(ask)) as stream:
+            async for event in stream:
+                if isinstance(event, Prefilled):
+                    trace.prefilled(event, first=first)
+                    first = False
+                elif isinstance(event, Finished):
+                    trace.ended = event.ended
+                elif event.ids[-1] in loaded.stop_ids:
+                    trace.ended = True
+                    break
+                elif len(said) < len(healed.wanted) and not healing.fits(said + event.text, healed.wanted):
+                    detour = event
+                    break
+                else:
+                    trace.decoded(event)
+                    before, said = said, said + event.text
+                    if visible := said[max(len(before), len(healed.wanted)) :]:
+                        yield visible
+        if detour is None:
+            if len(said) >= len(healed.wanted):
+                return
+            break  # the model ended before it had written what stands before the cursor
+        way = healing.way_to(healed.wanted, said, detour.alternatives)
+        if way is None:
+            break
+        trace.decoded(Decoded(way.text, (way.id,), (way.logp,)))
+        said += way.text
+        if visible := said[len(healed.wanted) :]:
+            yield visible
+        forced = tuple(trace.output_ids)
+    if len(said) > len(healed.wanted):
+        return
+    async with aclosing(_unhealed(loaded, (*prompt_ids, *live_ids), budget, trace)) as parts:
+        async for part in parts:
+            yield part
+
+
+async def _unhealed(
+    loaded: LoadedModel, prompt_ids: tuple[int, ...], budget: int, trace: _Trace
+) -> AsyncGenerator[str, None]:
+    trace.prompt_ids = prompt_ids
+    trace.output_ids, trace.output_logps, trace.ended = [], [], False
+    async with aclosing(loaded.engine.generate(GenerationRequest(prompt_ids, budget))) as stream:
+        async for event in stream:
+            if isinstance(event, Finished):
+                trace.ended = event.ended
+            elif isinstance(event, Decoded):
+                if event.ids[-1] in loaded.stop_ids:
+                    trace.ended = True
+                    return
+                trace.decoded(event)
+                yield event.text
+
+
+async def _prompt(
+    loaded: LoadedModel, around: Surroundings, request: CompletionRequest, settings: CompletionSettings
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids of the prompt without the live text, and those of the live text."""
+    room = loaded.engine.context_tokens // 2  # whatever the settings say, half of the context stays for the rest
+    head = await _fit(loaded, around.head, min(settings.prefix_tokens, room), keep_end=True)
+    suffix = await _fit(loaded, around.suffix, min(settings.suffix_tokens, room // 2), keep_end=False)
+    snippets = await _fit_snippets(loaded, request.snippets, min(settings.snippet_tokens, room // 2))
+    pieces = fim.render(
+        loaded.fim,
+        head=head,
+        live=around.live,
+        suffix=suffix,
+        path=request.document.path,
+        snippets=snippets,
+    )
+    live_ids = tuple(token.id for token in await loaded.engine.tokenize(around.live))
+    if len(live_ids) > room // 2:
+        raise EngineError(
+            f"the cursor's line has {len(live_ids)} tokens before the cursor, {room // 2} fit; raise engine.context_tokens"
+        )
+    return await loaded.ids(pieces[:-1]), live_ids
+
+
+async def _fit(loaded: LoadedModel, text: str, budget: int, *, keep_end: bool) -> str:
+    shorten = context.shorter_head if keep_end else context.shorter_tail
+    for _ in range(_TRIES_TO_FIT):
+        n_tokens = len(await loaded.engine.tokenize(text))
+        if n_tokens <= budget:
+            return text
+        text = shorten(text, n_tokens, budget)
+    return ""
+
+
+async def _fit_snippets(loaded: LoadedModel, snippets: tuple[Snippet, ...], budget: int) -> tuple[Snippet, ...]:
+    kept: list[Snippet] = []
+    for snippet in reversed(snippets):  # the last one is the most useful
+        if context.is_secret(snippet.path):
+            continue
+        n_tokens = len(await loaded.engine.tokenize(snippet.text))
+        if n_tokens > budget:
+            text = await _fit(loaded, snippet.text, budget, keep_end=True) if not kept else ""
+            return tuple(reversed([*kept, replace(snippet, text=text)] if text.strip() else kept))
+        kept.append(snippet)
+        budget -= n_tokens
+    return tuple(reversed(kept))
+
+
+def _facts(loaded: LoadedModel, completion_id: str, trace: _Trace) -> Generation:
+    return Generation(
+        completion_id=completion_id,
+        model=loaded.model.name,
+        model_sha256=loaded.model.sha256,
+        prompt_format=f"{loaded.fim.name if loaded.fim else 'none'}/{fim.PROMPT_FORMAT}",
+        adapter=None,
+        prompt_ids=trace.prompt_ids,
+        output_ids=tuple(trace.output_ids),
+        output_logps=tuple(trace.output_logps),
+        exact=trace.exact,
+    )
+
+
+def _ms(started: float) -> float:
+    return round((time.perf_counter() - started) * 1000, 1)

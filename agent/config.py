@@ -1,0 +1,194 @@
+"""Settings: one TOML file, checked whole, every problem reported at once.
+
+Knows what the settings mean and which values they take; not who reads them. `docs/settings.md` is generated from the
+descriptions below (`python -m agent.settings_reference`).
+"""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agent import paths
+from agent.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSettings(_Section):
+    """Which model answers."""
+
+    name: str = Field(
+        "starter", min_length=1, description="Name from `tabwise models list`, or the path of a GGUF file of your own."
+    )
+
+
+class EngineSettings(_Section):
+    """How the model is run."""
+
+    context_tokens: int = Field(
+        4096,
+        ge=512,
+        le=131_072,
+        description="Room for prompt and answer together. Memory grows with it: 12 KB a token for the starter model, "
+        "56 KB for Qwen2.5-Coder-7B; it is taken twice, for completions and for explanations.",
+    )
+    threads: int = Field(0, ge=0, le=512, description="Threads of the CPU engine; 0 takes one for each physical core.")
+    batch_tokens: int = Field(
+        32,
+        ge=8,
+        le=2048,
+        description="Prompt tokens computed in one go. A cancelled request holds the engine for up to two batches "
+        "(0.6 s at 32 on 2 cores); a larger batch reads long prompts faster (11 % at 256).",
+    )
+    gpu_layers: int = Field(
+        -1, ge=-1, le=1000, description="Layers that llama.cpp puts on a GPU, where it was built for one; -1 for all."
+    )
+    unload_after_s: int = Field(
+        900, ge=0, le=604_800, description="Seconds without a request after which the model leaves memory; 0 for never."
+    )
+
+
+class CompletionSettings(_Section):
+    """What a completion may see and how long it may be."""
+
+    automatic: bool = Field(True, description="Answer while you type. Off: only when you ask by key or command.")
+    languages_off: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description='Language identifiers in which nothing is completed while you type, `["markdown"]` for instance.',
+    )
+    prefix_tokens: int = Field(512, ge=16, le=65_536, description="Most tokens of text before the cursor in a prompt.")
+    suffix_tokens: int = Field(128, ge=0, le=65_536, description="Most tokens of text behind the cursor in a prompt.")
+    snippet_tokens: int = Field(
+        256, ge=0, le=65_536, description="Most tokens from elsewhere, other cells of a notebook for instance."
+    )
+    line_tokens: int = Field(48, ge=1, le=4096, description="Most new tokens where one line is wanted.")
+    block_tokens: int = Field(96, ge=1, le=4096, description="Most new tokens where a block is wanted.")
+    block_lines: int = Field(10, ge=1, le=200, description="Most lines of a block.")
+
+
+class ExplainSettings(_Section):
+    """How code is explained."""
+
+    language: str = Field(
+        "English", min_length=1, max_length=64, description='Language of the answer: "German", "fr", "日本語", …'
+    )
+    max_tokens: int = Field(400, ge=16, le=8192, description="Most tokens of an explanation.")
+    code_tokens: int = Field(
+        1500, ge=64, le=65_536, description="Most tokens of code that are read; of longer code the end is left out."
+    )
+
+
+class DaemonSettings(_Section):
+    """How the daemon is reached."""
+
+    tcp_port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="Port on 127.0.0.1 for tools that cannot use the Unix socket; needs the token of `tabwise status`. "
+        "0 for none.",
+    )
+
+
+class LogSettings(_Section):
+    """What is written to the log files. Text of documents never is."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is written.")
+
+
+class Settings(_Section):
+    """All settings, with the defaults of a machine without a GPU."""
+
+    model: ModelSettings = ModelSettings()  # type: ignore[call-arg]
+    engine: EngineSettings = EngineSettings()  # type: ignore[call-arg]
+    completion: CompletionSettings = CompletionSettings()  # type: ignore[call-arg]
+    explain: ExplainSettings = ExplainSettings()  # type: ignore[call-arg]
+    daemon: DaemonSettings = DaemonSettings()  # type: ignore[call-arg]
+    log: LogSettings = LogSettings()  # type: ignore[call-arg]
+
+
+def load(path: Path | None = None) -> Settings:
+    """Read the settings file; the defaults where there is none.
+
+    Args:
+        path: File to read, `paths.config_file()` if None.
+
+    Raises:
+        ConfigError: The file cannot be read, is no TOML, or holds unknown keys or wrong values: all of them, in one
+            line.
+    """
+    file = path or paths.config_file()
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Settings()
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings {file}: {error.strerror}; mend its permissions or remove it") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the settings {file} are not UTF-8 text; save the file as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the settings {file} are not TOML: {error}; see docs/settings.md for the form") from None
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"the settings {file} have problems: {'; '.join(problems(error))}") from None
+
+
+def overlay(base: Settings, changes: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """Lay an editor's settings over the file's: what is wrong is reported and left out, what is good is kept.
+
+    Args:
+        base: Settings to start from.
+        changes: Nested sections and keys as in the file; any of them may be missing.
+
+    Returns:
+        The new settings, and one line for each problem.
+    """
+    merged = _merge(base.model_dump(), changes)
+    found: list[str] = []
+    while True:
+        try:
+            return Settings.model_validate(merged), found
+        except ValidationError as error:
+            found += problems(error)
+            places = [detail["loc"] for detail in error.errors()]
+            for place in places:
+                _restore(merged, base.model_dump(), place)
+
+
+def problems(error: ValidationError) -> list[str]:
+    """Return one line for each problem: the key, what is wrong with it, and the value seen."""
+    lines = []
+    for detail in error.errors():
+        key = ".".join(str(part) for part in detail["loc"]) or "(whole)"
+        if detail["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key, remove it or see docs/settings.md")
+        else:
+            lines.append(f"{key}: {detail['msg']}, got {detail['input']!r:.80}")
+    return lines
+
+
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _restore(target: dict[str, Any], base: Mapping[str, Any], place: Iterable[int | str]) -> None:
+    # The deepest dictionary on the way to the wrong value gets the value of `base` back, or loses the key.
+    key, *rest = place
+    inner, good = target.get(str(key)), base.get(str(key))
+    if rest and isinstance(inner, dict) and isinstance(good, dict):
+        _restore(inner, good, rest)
+    elif key in base:
+        target[str(key)] = base[str(key)]
+    else:
+        target.pop(str(key), None)

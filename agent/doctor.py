@@ -1,0 +1,112 @@
+"""Finds out what is installed, which device there is, what will run, and what is missing.
+
+Looks and reports; changes nothing. A finding that keeps Tabwise from working says how to mend it.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from agent import catalog, config, paths
+from agent.errors import TabwiseError
+from agent.version import __version__
+
+_MODEL_ROOM = 1.4  # memory that a model of so many bytes takes with its cache and buffers, measured with the starter
+_TRAINING = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+_BASE = ("xllamacpp", "pygls", "starlette", "uvicorn")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    topic: str
+    ok: bool | None
+    """None for a plain fact, or for something that may be missing."""
+    text: str
+    mend: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything."""
+    return list(_examine())
+
+
+def _examine() -> Iterator[Finding]:
+    yield Finding("tabwise", None, f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    cores, memory = psutil.cpu_count(logical=False) or 1, psutil.virtual_memory()
+    yield Finding(
+        "machine", None, f"{cores} cores, {memory.total / 2**30:.0f} GiB memory, {memory.available / 2**30:.0f} GiB of it free"
+    )
+    yield _gpu()
+    for name in _BASE:
+        yield _package(name, needed=True)
+    missing = [name for name in _TRAINING if importlib.util.find_spec(name) is None]
+    if missing:
+        yield Finding("training", None, f"not installed: {', '.join(missing)}", "make train-deps")
+    else:
+        yield Finding("training", True, ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _TRAINING))
+    settings = None
+    try:
+        settings = config.load()
+        state = "read" if paths.config_file().exists() else "not there, the defaults hold"
+        yield Finding("settings", True, f"{paths.config_file()} ({state})")
+    except TabwiseError as error:
+        yield Finding("settings", False, str(error), f"edit {paths.config_file()}")
+    if settings:
+        yield from _model(settings)
+    try:
+        yield Finding("sockets", True, str(paths.runtime_dir()))
+    except TabwiseError as error:
+        yield Finding("sockets", False, str(error))
+    yield Finding("logs", None, str(paths.log_dir()))
+
+
+def _gpu() -> Finding:
+    # The driver's own tool is asked for, not torch: it costs nothing, and the base install has no torch.
+    if shutil.which("nvidia-smi"):
+        return Finding("device", None, "an NVIDIA driver is installed; the llama.cpp of this install runs on the CPU all the same")
+    if platform.system() == "Darwin":
+        return Finding("device", None, "Apple GPU, through llama.cpp's Metal")
+    return Finding("device", None, "CPU, no GPU found")
+
+
+def _package(name: str, *, needed: bool) -> Finding:
+    try:
+        return Finding(name, True, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, not needed and None, "not installed", "make install")
+
+
+def _model(settings: config.Settings) -> Iterator[Finding]:
+    name = settings.model.name
+    try:
+        model = catalog.find(name)
+    except TabwiseError as error:
+        yield Finding("model", False, str(error))
+        return
+    size = _size(model.path)
+    yield Finding("model", True, f"{name}: {model.path} ({size / 1e6:.0f} MB)")
+    free = psutil.virtual_memory().available
+    if size * _MODEL_ROOM > free:
+        yield Finding(
+            "memory",
+            False,
+            f"{name} needs about {size * _MODEL_ROOM / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
+            "close programs, or choose a smaller model in model.name",
+        )
+    engine = "llama.cpp" if model.format == "gguf" else "none in this version: choose a GGUF file"
+    yield Finding("engine", model.format == "gguf", f"{engine}, {settings.engine.threads or psutil.cpu_count(logical=False)} threads")
+
+
+def _size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not os.path.islink(file))

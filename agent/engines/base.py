@@ -1,0 +1,127 @@
+"""The protocol that every engine speaks: token ids in, a stream of events out.
+
+Knows nothing of documents, prompts' layouts or HTTP clients. Cancelling is closing the stream: an engine notices it
+between two decode steps and between two batches of prefill, frees what it holds, and is ready for the next request.
+Callers wrap streams in `contextlib.aclosing`, so that leaving the loop closes them at once.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from agent.types import Chat
+
+
+class Task(StrEnum):
+    """What a generation is for. Each task keeps a key-value cache of its own."""
+
+    COMPLETION = "completion"
+    EXPLANATION = "explanation"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt to be continued."""
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    task: Task = Task.COMPLETION
+    temperature: float = 0.0
+    """0 takes the likeliest token each time."""
+    seed: int = 0
+    alternatives: int = 0
+    """How many of the likeliest tokens to report with each one."""
+    adapter: str | None = None
+    """Name of a loaded adapter; None for the bare model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that might have been chosen."""
+
+    id: int
+    text: str
+    logp: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """So much of the prompt is computed."""
+
+    done_tokens: int
+    total_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A token was chosen, or several where text is complete only with the last of them."""
+
+    text: str
+    ids: tuple[int, ...]
+    logps: tuple[float, ...]
+    alternatives: tuple[Alternative, ...] = ()
+    exact: bool = True
+    """False where `ids` were recovered from the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The stream is over."""
+
+    ended: bool
+    """True where the model ended the text itself, False where `max_tokens` were spent."""
+    prefill_tokens: int
+    cached_tokens: int
+    decoded_tokens: int
+
+
+Event = Prefilled | Decoded | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token of a text: its id, and the text it stands for."""
+
+    id: int
+    text: str | None
+    """None where its bytes are no text on their own."""
+
+
+class Engine(Protocol):
+    """A loaded model."""
+
+    context_tokens: int
+    """Most tokens of prompt and answer together."""
+
+    async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
+        """Return the tokens of `text`.
+
+        Args:
+            text: Text of any length.
+            special: Whether words that name special tokens become these. Never for text of the user's.
+        """
+
+    async def start_ids(self) -> tuple[int, ...]:
+        """Return the ids with which every prompt of this model begins; most code models have none."""
+
+    async def chat_ids(self, chat: Chat) -> tuple[int, ...]:
+        """Return the prompt for a chat, in the model's own template; contents never become special tokens."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Continue a prompt.
+
+        Returns:
+            Any number of `Prefilled`, then of `Decoded`, then one `Finished`. Closing it cancels the work.
+
+        Raises:
+            PromptTooLongError: Prompt and allowance exceed the context.
+            EngineError: The engine broke or refused.
+        """
+
+    async def attach(self, adapters: Sequence[str]) -> None:
+        """Load LoRA adapters by path, in place of those that are loaded."""
+
+    async def close(self) -> None:
+        """Free the model's memory. Streams still open end with an error."""

@@ -1,0 +1,221 @@
+"""llama.cpp, through xllamacpp, inside this process.
+
+xllamacpp's Python handlers cover chat and completions only; its HTTP server has the rest (tokens, progress, slots). It
+is bound to a socket file in our own 0700 directory: left to itself it opens a TCP port without a key and with CORS open
+to every origin. Knows nothing of prompts' layouts.
+
+Two slots, one per task, so that an explanation does not push a completion's prompt out of the key-value cache.
+
+A request is cancelled by closing its connection. The server notices when it next writes: after the decode step under
+way, or, since progress is asked for, after at most two batches of prefill.
+"""
+
+import asyncio
+import contextlib
+import json
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import xllamacpp
+
+from agent.config import EngineSettings
+from agent.engines.base import Alternative, Decoded, Event, Finished, GenerationRequest, Prefilled, Task, Token
+from agent.errors import EngineError, ModelCorruptError, PromptTooLongError
+from agent.types import Chat, Message
+
+_SLOTS = {Task.COMPLETION: 0, Task.EXPLANATION: 1}
+_QUIET = -1  # llama.cpp's log goes to standard error and may quote prompts
+_TIMEOUT = httpx.Timeout(5.0, read=None)  # a long prefill says nothing for a while; callers cancel, not the clock
+
+
+class LlamaCppEngine:
+    """A GGUF model in memory."""
+
+    def __init__(self, server: xllamacpp.Server, socket: Path, context_tokens: int) -> None:
+        """Wrap a running server; use `load`."""
+        self.context_tokens = context_tokens
+        self._server: xllamacpp.Server | None = server
+        self._socket = socket
+        self._http = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=str(socket)),
+            base_url="http://engine",
+            timeout=_TIMEOUT,
+            # The server closes a connection after each stream without saying so beforehand.
+            headers={"Connection": "close"},
+        )
+
+    @classmethod
+    async def load(cls, path: Path, settings: EngineSettings, runtime_dir: Path) -> "LlamaCppEngine":
+        """Load a model.
+
+        Args:
+            path: GGUF file.
+            settings: How to run it.
+            runtime_dir: A directory that only this user can enter; the engine's socket goes there.
+
+        Raises:
+            ModelCorruptError: llama.cpp does not take the file.
+        """
+        # A name of its own for each load: the server of a model that was unloaded leaves its socket file behind.
+        socket = runtime_dir / f"engine-{secrets.token_hex(3)}.sock"
+        params = _params(path, settings, socket)
+        try:
+            server = await asyncio.to_thread(xllamacpp.Server, params)
+        except RuntimeError as error:
+            raise ModelCorruptError(
+                f"llama.cpp cannot load {path}: {error} It may be damaged, of a newer kind, or too large for the memory; "
+                "see tabwise doctor"
+            ) from None
+        socket.chmod(0o600)
+        return cls(server, socket, settings.context_tokens)
+
+    async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
+        """Return the tokens of `text`."""
+        if not text:
+            return []
+        body = {"content": text, "add_special": False, "parse_special": special, "with_pieces": True}
+        answer = await self._post("/tokenize", body)
+        return [Token(item["id"], item["piece"] if isinstance(item["piece"], str) else None) for item in answer["tokens"]]
+
+    async def start_ids(self) -> tuple[int, ...]:
+        """Return the ids with which every prompt begins."""
+        answer = await self._post("/tokenize", {"content": "", "add_special": True})
+        return tuple(answer["tokens"])
+
+    async def chat_ids(self, chat: Chat) -> tuple[int, ...]:
+        """Return the prompt for a chat, in the model's own template."""
+        # The template is applied to marks in place of the contents, so that only the template's own text is tokenised
+        # with special tokens.
+        mark = secrets.token_hex(8)
+        marked = [Message(turn.role, f"<{mark}:{index}>") for index, turn in enumerate(chat.messages)]
+        body = {"messages": [{"role": turn.role, "content": turn.content} for turn in marked]}
+        rest: str = (await self._post("/apply-template", body))["prompt"]
+        ids: list[int] = []
+        for turn, placeholder in zip(chat.messages, marked, strict=True):
+            frame, _, rest = rest.partition(placeholder.content)
+            ids += [token.id for token in await self.tokenize(frame, special=True)]
+            ids += [token.id for token in await self.tokenize(turn.content)]
+        ids += [token.id for token in await self.tokenize(rest, special=True)]
+        ids += [token.id for token in await self.tokenize(chat.opening)]
+        return tuple(ids)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Continue a prompt."""
+        body = {
+            "prompt": list(request.prompt_ids),
+            "n_predict": request.max_tokens,
+            "temperature": request.temperature,
+            "seed": request.seed,
+            "id_slot": _SLOTS[request.task],
+            "cache_prompt": True,
+            "stream": True,
+            "return_tokens": True,
+            "return_progress": True,
+            "n_probs": max(1, request.alternatives),
+        }
+        needed = len(request.prompt_ids) + request.max_tokens
+        if needed > self.context_tokens:
+            raise PromptTooLongError(
+                f"the prompt needs {needed} tokens, the context has {self.context_tokens}; "
+                "raise engine.context_tokens or shorten the text"
+            )
+        seen = 0
+        try:
+            async with self._http.stream("POST", "/completion", json=body) as answer:
+                if answer.status_code != httpx.codes.OK:
+                    await answer.aread()
+                    raise EngineError(f"llama.cpp refused the request: {_reason(answer)}")
+                async for line in answer.aiter_lines():
+                    if not line.startswith("data: "):
+                        continue
+                    data = json.loads(line.removeprefix("data: "))
+                    event = await self._event(data, seen)
+                    if isinstance(event, Decoded):
+                        seen += len(event.ids)
+                    if event is not None:
+                        yield event
+        except httpx.HTTPError as error:
+            raise EngineError(f"llama.cpp broke off ({type(error).__name__}); try again") from None
+
+    async def _event(self, data: dict[str, Any], seen: int) -> Event | None:
+        if "error" in data:
+            raise EngineError(f"llama.cpp failed: {data['error'].get('message', data['error'])}; try again")
+        if data.get("stop"):
+            timings = data["timings"]
+            return Finished(
+                ended=data["stop_type"] == "eos",
+                prefill_tokens=timings["prompt_n"],
+                cached_tokens=timings["cache_n"],
+                decoded_tokens=timings["predicted_n"],
+            )
+        if "prompt_progress" in data:
+            progress = data["prompt_progress"]
+            return Prefilled(progress["processed"], progress["total"], progress["cache"])
+        return await self._decoded(data, seen)
+
+    async def _decoded(self, data: dict[str, Any], seen: int) -> Decoded:
+        chosen = data["completion_probabilities"][-1]
+        ids, logps, exact = (int(chosen["id"]),), (float(chosen["logprob"]),), True
+        missing = int(data["tokens_predicted"]) - seen - 1
+        if missing > 0:
+            # Tokens that end within a character are held back, and only the last of them is reported with the text.
+            ids, exact = tuple(token.id for token in await self.tokenize(data["content"])), False
+            logps = (*(0.0 for _ in ids[1:]), logps[0])
+        alternatives = tuple(
+            Alternative(int(item["id"]), bytes(item["bytes"]).decode("utf-8", errors="ignore"), float(item["logprob"]))
+            for item in chosen["top_logprobs"]
+        )
+        return Decoded(data["content"], ids, logps, alternatives, exact)
+
+    async def attach(self, adapters: Sequence[str]) -> None:
+        """Adapters are loaded with the model in llama.cpp; there is nothing to attach yet."""
+        if adapters:
+            raise EngineError("this version serves the bare model only; remove the adapter from the settings")
+
+    async def close(self) -> None:
+        """Free the model's memory."""
+        server, self._server = self._server, None
+        await self._http.aclose()
+        del server
+        with contextlib.suppress(FileNotFoundError):
+            self._socket.unlink()
+
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            answer = await self._http.post(path, json=body)
+        except httpx.HTTPError as error:
+            raise EngineError(f"llama.cpp does not answer ({type(error).__name__}); try again") from None
+        if answer.status_code != httpx.codes.OK:
+            raise EngineError(f"llama.cpp refused {path}: {_reason(answer)}")
+        result: dict[str, Any] = answer.json()
+        return result
+
+
+def _params(path: Path, settings: EngineSettings, socket: Path) -> xllamacpp.CommonParams:
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.hostnames = [str(socket)]
+    params.n_parallel = len(_SLOTS)
+    params.n_ctx = settings.context_tokens * len(_SLOTS)
+    params.n_batch = params.n_ubatch = settings.batch_tokens
+    threads = settings.threads or psutil.cpu_count(logical=False) or 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.n_gpu_layers = settings.gpu_layers
+    params.ui = False
+    params.endpoint_slots = False  # would show prompts
+    params.cache_ram_mib = 0  # its second cache may take 8 GB; the slots' own caches are what we use
+    params.fit_params = False  # loads the model twice to try what fits; what fits is the memory planner's business
+    params.warmup = False  # costs a decode step at load; the first request warms it just as well
+    params.verbosity = _QUIET
+    return params
+
+
+def _reason(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"status {answer.status_code}"

@@ -1,0 +1,64 @@
+"""A model that is in memory and understood: its engine, its prompt format, its special tokens.
+
+Turns pieces of a prompt into token ids; knows no documents. The check that every sentinel is exactly one token of the
+loaded tokenizer is made here, once.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from agent import fim, gguf_header
+from agent.arbiter import Arbiter
+from agent.catalog import LocalModel
+from agent.engines.base import Engine
+from agent.fim import FimFormat, Piece
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to answer."""
+
+    model: LocalModel
+    engine: Arbiter
+    fim: FimFormat | None
+    """None where the model cannot fill in the middle, and only continues the prefix."""
+    sentinel_ids: dict[str, int]
+    stop_ids: frozenset[int]
+    start_ids: tuple[int, ...]
+
+    async def ids(self, pieces: Iterable[Piece]) -> tuple[int, ...]:
+        """Return the token ids of a prompt; text of the user's never becomes a special token."""
+        ids = list(self.start_ids)
+        for piece in pieces:
+            if piece.special:
+                ids.append(self.sentinel_ids[piece.text])
+            else:
+                ids += [token.id for token in await self.engine.tokenize(piece.text)]
+        return tuple(ids)
+
+
+async def prepare(model: LocalModel, engine: Engine) -> LoadedModel:
+    """Find out how the model that `engine` has loaded wants to be asked."""
+    fmt = _format_of(model)
+    sentinel_ids: dict[str, int] = {}
+    for sentinel in fmt.sentinels() if fmt else ():
+        tokens = await engine.tokenize(sentinel, special=True)
+        if len(tokens) == 1:
+            sentinel_ids[sentinel] = tokens[0].id
+    if fmt and (missing := [s for s in (fmt.prefix, fmt.suffix, fmt.middle) if s and s not in sentinel_ids]):
+        log.warning("%s has no single token for %s: completing from the prefix alone", model.name, ", ".join(missing))
+        fmt = None
+    if fmt and fmt.file not in sentinel_ids:
+        fmt = replace(fmt, file="", repository="")
+    stops = [await engine.tokenize(stop, special=True) for stop in (fmt.stops if fmt else ())]
+    stop_ids = frozenset(tokens[0].id for tokens in stops if len(tokens) == 1)
+    return LoadedModel(model, Arbiter(engine), fmt, sentinel_ids, stop_ids, await engine.start_ids())
+
+
+def _format_of(model: LocalModel) -> FimFormat | None:
+    if model.fim is not None:
+        return fim.FORMATS.get(model.fim)
+    return fim.detect(gguf_header.read(model.path).vocabulary) if model.format == "gguf" else None

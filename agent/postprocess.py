@@ -1,0 +1,135 @@
+"""What is done to a completion's text once it is whole: an ordered tuple of pure filters.
+
+Each filter takes the text and its surroundings and returns the text that is left; an empty one means that nothing is
+shown. Golden cases with the cursor drawn in the text lie in tests/golden/postprocess.toml. Knows no tokens.
+"""
+
+import re
+from collections.abc import Callable
+
+from rapidfuzz.distance import Levenshtein
+
+from agent.context import Surroundings
+
+Filter = Callable[[str, Surroundings], str]
+
+_VISIBLE_CHARS = 2
+"""Fewer are not worth a flicker; one more keystroke is quicker than reading them."""
+_ECHO_SHARE = 0.05
+"""Share of characters that may differ in an echo of the next lines."""
+_OPENERS = {"(": ")", "[": "]", "{": "}"}
+_MARKS = (":", "{", ";", ",")
+_QUOTES = "\"'`"
+
+
+def drop_repeating_tail(text: str, around: Surroundings) -> str:
+    """Cut a tail that says one thing over and over to its first saying: 3 or more characters 5 times, 10 or more 3."""
+    del around
+    body = text.rstrip()
+    for unit_chars, times in ((3, 5), (10, 3)):
+        for size in range(unit_chars, len(body) // times + 1):
+            unit = body[-size:]
+            if not unit.strip() or not body.endswith(unit * times):
+                continue
+            start = len(body)
+            while start >= size and body[start - size : start] == unit:
+                start -= size
+            return body[: start + size]
+    return text
+
+
+def drop_echo(text: str, around: Surroundings) -> str:
+    """Drop a text that repeats the next one to three lines behind the cursor, but for one character in twenty."""
+    said = text.strip()
+    below = [line for line in around.suffix.split("\n")[1:] if line.strip()]
+    for count in (1, 2, 3):
+        echo = "\n".join(below[:count]).strip()
+        allowed = max(1, int(len(echo) * _ECHO_SHARE))
+        if echo and said and Levenshtein.distance(said, echo, score_cutoff=allowed) <= allowed and len(echo) > allowed + 1:
+            return ""
+    return text
+
+
+def cut_overlap(text: str, around: Surroundings) -> str:
+    """Cut the end of the last line where it repeats what stands behind the cursor on the same line."""
+    rest = "" if around.closers else around.rest.rstrip()
+    if not rest.strip():
+        return text
+    head, newline, last = text.rpartition("\n")
+    for size in range(min(len(last), len(rest)), 0, -1):
+        # The whole rest, or a part of it that ends with a word: "a" before "as f" is no overlap.
+        whole_word = size == len(rest) or not (rest[size - 1].isalnum() and rest[size].isalnum())
+        if whole_word and last.endswith(rest[:size]):
+            return head + newline + last[:-size]
+    return text
+
+
+def trim_end(text: str, around: Surroundings) -> str:
+    """Cut blank space and blank lines at the end."""
+    del around
+    return text.rstrip()
+
+
+def drop_invisible(text: str, around: Surroundings) -> str:
+    """Drop a text of under two visible characters."""
+    del around
+    return text if len(re.sub(r"\s", "", text)) >= _VISIBLE_CHARS else ""
+
+
+FILTERS: tuple[Filter, ...] = (drop_repeating_tail, drop_echo, cut_overlap, trim_end, drop_invisible)
+"""In the order in which they run."""
+
+
+def clean(text: str, around: Surroundings) -> tuple[str, str | None]:
+    """Run all filters.
+
+    Returns:
+        The text that is left, and the name of the filter that emptied it, if one did.
+    """
+    for run in FILTERS:
+        if text and not (text := run(text, around)):
+            return "", run.__name__
+    return text, None
+
+
+def replaced_chars(text: str, around: Surroundings) -> int:
+    """Return how many characters right of the cursor the text stands in for.
+
+    Editors close brackets and quotes by themselves, and the rest of the line is then nothing but closers. Where the
+    text closes these itself, in their order, they are to be replaced rather than doubled.
+    """
+    wanted = around.closers.lstrip()
+    if not wanted:
+        return 0
+    covered = 0
+    line = text.partition("\n")[0]
+    for character in _closers_of(around.cursor_line, line, wanted):
+        if covered < len(wanted) and character == wanted[covered]:
+            covered += 1
+    mark = wanted[covered:].strip()
+    if covered and mark in _MARKS and line.rstrip().endswith(mark):
+        covered = len(wanted)  # the mark behind the closers is written as well
+    blank = len(around.closers) - len(wanted)
+    return covered + blank if covered else 0
+
+
+def _closers_of(before: str, text: str, wanted: str) -> str:
+    # The brackets and quotes in `text` that close something opened in `before`, or nothing at all, in order.
+    stack: list[tuple[str, bool]] = []  # what will close it, and whether it was opened in `before`
+    found: list[str] = []
+    for index, character in enumerate(before + text):
+        outer = index < len(before)
+        if index == len(before) and stack and stack[-1][0] in _QUOTES and stack[-1][0] != wanted[0]:
+            stack = [item for item in stack if item[0] not in _QUOTES]  # an apostrophe in prose, no open string
+        quote = stack[-1][0] if stack and stack[-1][0] in _QUOTES else ""
+        if quote and character != quote:
+            continue
+        if quote or character in _OPENERS.values():
+            opened_before = stack.pop()[1] if stack and stack[-1][0] == character else True
+            if opened_before and not outer:
+                found.append(character)
+        elif character in _QUOTES:
+            stack.append((character, outer))
+        elif character in _OPENERS:
+            stack.append((_OPENERS[character], outer))
+    return "".join(found)

@@ -1,0 +1,155 @@
+"""Where a completion ends while it is still being written: pure functions over the text so far.
+
+Knows lines and indentation, no grammar, no tokens. A stop is found as soon as the line that decides it is complete, so
+that the engine is freed at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rapidfuzz.distance import Levenshtein
+
+from agent.context import Surroundings, indent_of
+from agent.types import StopReason
+
+_NEARLY = 0.9
+"""Similarity from which a line counts as the one that stands behind the cursor already: one character in ten."""
+_TELLING_CHARS = 4
+"""Shorter lines (`}`, `fi`, `end`) repeat in good code too, and tell nothing."""
+_REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class StopRules:
+    """What the text around the cursor says about where a completion must end."""
+
+    multiline: bool
+    max_lines: int
+    base_indent: int
+    """Lines with less indentation leave the block."""
+    closes_block: bool
+    """Whether a line of closers at the header's indentation belongs to the block, and ends it."""
+    next_lines: tuple[str, ...]
+    """The next filled lines behind the cursor, stripped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Where to cut, and why."""
+
+    end: int
+    """Characters of the text that stay."""
+    reason: StopReason
+
+
+def rules_for(around: Surroundings, *, multiline: bool, max_lines: int) -> StopRules:
+    """Derive the rules from the text around the cursor."""
+    line = around.cursor_line
+    below = [text for text in around.suffix.split("\n")[1:] if text.strip()]
+    opens = bool(line.strip())
+    base = indent_of(line) + 1 if opens else indent_of(line)
+    header = indent_of(line) if opens else base - 1
+    braces = line.rstrip().endswith("{") or _header_above(around).rstrip().endswith("{")
+    closed_below = bool(below) and below[0].lstrip()[0] in ")]}" and indent_of(below[0]) <= max(header, 0)
+    return StopRules(
+        multiline=multiline,
+        max_lines=max_lines,
+        base_indent=base,
+        closes_block=braces and not closed_below,
+        next_lines=tuple(text.strip() for text in below[:3]),
+    )
+
+
+def find_stop(text: str, rules: StopRules, *, final: bool = False) -> Stop | None:
+    """Return where the text must end, or None while it may go on.
+
+    Args:
+        text: All that was written so far, beginning at the cursor.
+        rules: From `rules_for`.
+        final: The text is complete, so that its last line is, too.
+    """
+    if not rules.multiline:
+        line, newline, _ = text.partition("\n")
+        return Stop(len(line), StopReason.LINE) if newline else None
+    lines = text.split("\n")
+    complete = lines if final else lines[:-1]
+    at = 0
+    kept: list[str] = []
+    for index, line in enumerate(complete):
+        # The first line shares its row with what stands before the cursor; only the later ones have an indentation.
+        stop = _ending(line, kept, rules) if index else None
+        if stop:
+            return Stop(at + (len(line) if stop is StopReason.END else 0), _told(stop))
+        if line.strip():
+            kept.append(line.strip())
+        at += len(line) + 1
+        if len(kept) >= rules.max_lines and len(lines) > index + 1:
+            return Stop(at - 1, StopReason.BUDGET)
+    if not final and len(lines) > 1 and _leaves_already(lines[-1], rules):
+        return Stop(at - 1, StopReason.BLOCK)
+    return None
+
+
+def _leaves_already(line: str, rules: StopRules) -> bool:
+    # One character behind the indentation is enough to see that a line leaves the block; waiting for its end would
+    # cost the time of ten tokens and more.
+    stripped = line.lstrip()
+    return bool(stripped) and indent_of(line) < rules.base_indent and not (rules.closes_block and stripped[0] in ")]}")
+
+
+def whole_lines(text: str) -> str:
+    """Return `text` without its last line, which the allowance of tokens cut short; all of it where it has one line."""
+    shorter = text.rpartition("\n")[0]
+    return shorter if shorter.strip() else text
+
+
+def _ending(line: str, kept: Sequence[str], rules: StopRules) -> StopReason | None:
+    stripped = line.strip()
+    if not stripped:
+        return None
+    if indent_of(line) < rules.base_indent:
+        closes = rules.closes_block and stripped[0] in ")]}" and indent_of(line) <= rules.base_indent
+        # END marks the one line that is kept although it ends the block; it is reported as BLOCK.
+        return StopReason.END if closes else StopReason.BLOCK
+    if any(_alike(stripped, other) for other in rules.next_lines[:1]):
+        return StopReason.SUFFIX
+    if _repeats([*kept, stripped]):
+        return StopReason.REPETITION
+    return None
+
+
+def _told(reason: StopReason) -> StopReason:
+    return StopReason.BLOCK if reason is StopReason.END else reason
+
+
+def _alike(line: str, other: str) -> bool:
+    if len(line) < _TELLING_CHARS:
+        return line == other
+    return Levenshtein.normalized_similarity(line, other, score_cutoff=_NEARLY) > 0
+
+
+def _repeats(lines: Sequence[str]) -> bool:
+    # The last line, or the last two together, for the third time in a row.
+    for unit in (1, 2):
+        tail = lines[-unit * _REPEATS :]
+        if len(tail) == unit * _REPEATS and len("".join(tail[:unit])) >= _TELLING_CHARS and tail == tail[:unit] * _REPEATS:
+            return True
+    return False
+
+
+def _header_above(around: Surroundings) -> str:
+    if around.cursor_line.strip():
+        return ""
+    return next((line for line in reversed(around.head.split("\n")) if line.strip()), "")
+
+
+def find_stop_string(text: str, stops: Sequence[str]) -> int | None:
+    """Return where the first of the `stops` begins in `text`, or None."""
+    places = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
+    return min(places, default=None)
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """Return how many characters at the end of `text` may be the beginning of one of the `stops`."""
+    longest = min(len(text), max((len(stop) for stop in stops), default=1) - 1)
+    return next((size for size in range(longest, 0, -1) if any(stop.startswith(text[-size:]) for stop in stops)), 0)

@@ -1,0 +1,1 @@
+"""Translates the Language Server Protocol to the agent."""

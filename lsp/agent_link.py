@@ -1,0 +1,85 @@
+"""The language server's line to the daemon: opened when first needed, mended when it broke.
+
+Imports the client, and with it httpx and pydantic, only after `initialize` was answered: they take as long as half of
+the server's start. Knows no protocol.
+"""
+
+import asyncio
+import importlib
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from agent.errors import DaemonError, DaemonGoneError
+from agent.types import Completion, CompletionRequest, Explanation, ExplanationRequest
+
+if TYPE_CHECKING:
+    from agent.client import DaemonClient
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class AgentLink:
+    """A daemon to talk to, whichever it is at the moment."""
+
+    def __init__(self) -> None:
+        """Connect to nothing yet."""
+        self._client: DaemonClient | None = None
+        self._opening = asyncio.Lock()
+
+    async def complete(self, request: CompletionRequest) -> Completion:
+        """Return a completion.
+
+        Raises:
+            TabwiseError: There is none to be had.
+        """
+        async with aclosing(self._stream(lambda client: client.complete(request))) as parts:
+            async for part in parts:
+                if isinstance(part, Completion):
+                    return part
+        raise DaemonError("the daemon sent no completion; try again")
+
+    async def explain(self, request: ExplanationRequest) -> AsyncGenerator[str | Explanation, None]:
+        """Yield parts of an explanation, then the whole."""
+        async with aclosing(self._stream(lambda client: client.explain(request))) as parts:
+            async for part in parts:
+                yield part
+
+    async def warm(self) -> AsyncGenerator[str, None]:
+        """Have a daemon of our version run, with its model loaded; yields the states on the way."""
+        await (await self._open()).ensure_daemon()
+        async with aclosing(self._stream(lambda client: client.warm())) as parts:
+            async for part in parts:
+                yield part
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._client is not None:
+            await self._client.__aexit__()
+
+    async def _stream(
+        self, ask: Callable[["DaemonClient"], AsyncGenerator[T, None]]
+    ) -> AsyncGenerator[T, None]:
+        """Yield what the daemon answers; where none runs, one is started and asked."""
+        client = await self._open()
+        try:
+            async with aclosing(ask(client)) as parts:
+                async for part in parts:
+                    yield part
+            return
+        except DaemonGoneError as gone:
+            log.info("starting the daemon: %s", gone)
+        await client.ensure_daemon()
+        async with aclosing(ask(client)) as parts:
+            async for part in parts:
+                yield part
+
+    async def _open(self) -> "DaemonClient":
+        async with self._opening:
+            if self._client is None:
+                module: Any = await asyncio.to_thread(importlib.import_module, "agent.client")
+                self._client = module.DaemonClient()
+            return self._client

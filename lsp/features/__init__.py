@@ -1,0 +1,1 @@
+"""One file for each method of the Language Server Protocol that Tabwise answers."""

@@ -1,0 +1,92 @@
+"""textDocument/did* and notebookDocument/did*: what the editor says of its documents goes into the library."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+from lsprotocol import types
+from pygls.lsp.server import LanguageServer
+
+from lsp.documents import Cell, Change, Document, Notebook
+from lsp.state import State
+
+log = logging.getLogger(__name__)
+
+
+def register(server: LanguageServer, state: State) -> None:
+    """Answer the notifications. Plain functions, so that each is done before the next message is read."""
+
+    @server.feature(types.TEXT_DOCUMENT_DID_OPEN)
+    def did_open(params: types.DidOpenTextDocumentParams) -> None:
+        _open(state, [params.text_document])
+
+    @server.feature(types.TEXT_DOCUMENT_DID_CHANGE)
+    def did_change(params: types.DidChangeTextDocumentParams) -> None:
+        _change(state, params.text_document, params.content_changes)
+
+    @server.feature(types.TEXT_DOCUMENT_DID_CLOSE)
+    def did_close(params: types.DidCloseTextDocumentParams) -> None:
+        state.library.documents.pop(params.text_document.uri, None)
+
+    @server.feature(types.NOTEBOOK_DOCUMENT_DID_OPEN)
+    def notebook_did_open(params: types.DidOpenNotebookDocumentParams) -> None:
+        book = params.notebook_document
+        state.library.notebooks[book.uri] = Notebook(book.uri, _cells(book.cells))
+        _open(state, params.cell_text_documents)
+
+    @server.feature(types.NOTEBOOK_DOCUMENT_DID_CHANGE)
+    def notebook_did_change(params: types.DidChangeNotebookDocumentParams) -> None:
+        _change_notebook(state, params)
+
+    @server.feature(types.NOTEBOOK_DOCUMENT_DID_CLOSE)
+    def notebook_did_close(params: types.DidCloseNotebookDocumentParams) -> None:
+        state.library.notebooks.pop(params.notebook_document.uri, None)
+        for cell in params.cell_text_documents:
+            state.library.documents.pop(cell.uri, None)
+
+
+def _open(state: State, items: Sequence[types.TextDocumentItem]) -> None:
+    for item in items:
+        document = Document.opened(item.uri, str(item.language_id), item.version, item.text, state.units)
+        state.library.documents[item.uri] = document
+
+
+def _change(
+    state: State,
+    identifier: types.VersionedTextDocumentIdentifier,
+    changes: Sequence[types.TextDocumentContentChangeEvent],
+) -> None:
+    document = state.library.documents.get(identifier.uri)
+    if document is None:
+        log.warning("a change of a document that was never opened was ignored")
+        return
+    state.library.documents[identifier.uri] = document.changed(identifier.version, map(_as_change, changes))
+    state.last_change = time.monotonic()
+
+
+def _as_change(change: types.TextDocumentContentChangeEvent) -> Change:
+    if isinstance(change, types.TextDocumentContentChangePartial):
+        start, end = change.range.start, change.range.end
+        return Change(change.text, (start.line, start.character), (end.line, end.character))
+    return Change(change.text)
+
+
+def _change_notebook(state: State, params: types.DidChangeNotebookDocumentParams) -> None:
+    uri = params.notebook_document.uri
+    book = state.library.notebooks.get(uri)
+    changes = params.change.cells
+    if book is None or changes is None:
+        return
+    if changes.structure is not None:
+        array = changes.structure.array
+        state.library.notebooks[uri] = book.spliced(array.start, array.delete_count, _cells(array.cells or ()))
+        _open(state, changes.structure.did_open or ())
+        for closed in changes.structure.did_close or ():
+            state.library.documents.pop(closed.uri, None)
+        state.last_change = time.monotonic()
+    for content in changes.text_content or ():
+        _change(state, content.document, content.changes)
+
+
+def _cells(cells: Sequence[types.NotebookCell]) -> tuple[Cell, ...]:
+    return tuple(Cell(cell.document, cell.kind == types.NotebookCellKind.Code) for cell in cells)

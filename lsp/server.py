@@ -1,0 +1,78 @@
+"""The language server: puts the features together and runs them on standard input and output. No logic of its own."""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from typing import Any
+
+from lsprotocol import types
+from lsprotocol.converters import get_converter
+from pygls.lsp.server import LanguageServer
+
+from agent.version import __version__
+from lsp.features import explain, inline_completion, lifecycle, synchronize
+from lsp.protocol import TabwiseProtocol, is_unreadable
+from lsp.state import State
+
+log = logging.getLogger(__name__)
+
+_NOTEBOOKS = types.NotebookDocumentSyncOptions(
+    notebook_selector=[types.NotebookDocumentFilterWithNotebook(notebook="*")]
+)
+
+
+class TabwiseServer(LanguageServer):
+    """A server that tells its errors to the log, not to the user."""
+
+    protocol: TabwiseProtocol
+
+    def report_server_error(self, error: Exception, source: Any) -> None:
+        """Log what went wrong, without values, which may be text of the user's; answer what was no JSON."""
+        del source
+        if is_unreadable(error):
+            self.protocol.report_unreadable()
+            return
+        places = traceback.extract_tb(error.__traceback__)[-4:]
+        trail = " < ".join(f"{os.path.basename(place.filename)}:{place.lineno}" for place in reversed(places))
+        log.error("%s at %s", type(error).__name__, trail or "an unknown place")
+
+
+def create_server() -> TabwiseServer:
+    """Return a server with all its features."""
+    server = TabwiseServer(
+        "tabwise",
+        __version__,
+        text_document_sync_kind=types.TextDocumentSyncKind.Incremental,
+        notebook_document_sync=_NOTEBOOKS,
+        protocol_cls=TabwiseProtocol,
+        converter_factory=get_converter,
+    )
+    state = State()
+    for feature in (synchronize, inline_completion, explain, lifecycle):
+        feature.register(server, state)
+    return server
+
+
+def main() -> None:
+    """Run the server until the client ends it."""
+    parser = argparse.ArgumentParser("tabwise-lsp", description="The Tabwise language server, on standard input and output.")
+    parser.add_argument("--stdio", action="store_true", help="accepted, since many clients pass it; there is no other way")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--version", action="version", version=f"tabwise-lsp {__version__}")
+    options = parser.parse_args()
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=options.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    # These log parameters and payloads, which are text of the user's; httpx logs every request.
+    logging.getLogger("pygls").setLevel(logging.CRITICAL + 1)
+    for noisy in ("httpx", "httpcore", "filelock", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    create_server().start_io()
+
+
+if __name__ == "__main__":
+    main()
