@@ -94,4 +94,6 @@ class Arbiter:
                             yield Finished(event.ended, total, cached or 0, len(ids))
                             return
                         yield event
-        yield Finished(ended=False, prefill_tokens=prefilled + progress, cached_tokens=cached or 0, decoded_tokens=len(ids))
+        yield Finished(
+            ended=False, prefill_tokens=prefilled + progress, cached_tokens=cached or 0, decoded_tokens=len(ids)
+        )

@@ -54,7 +54,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     del version
 
@@ -167,10 +169,11 @@ def explain(
 @app.command()
 def serve() -> None:
     """Run the daemon here, until Ctrl+C; editors otherwise start it by themselves."""
-    from agent import serve as daemon  # uvicorn and starlette, which no other command needs
+    from agent import serve as daemon
+    from agent.client import ALREADY_RUNNING  # uvicorn and starlette, which no other command needs
 
     err.print(f"[dim]the daemon runs; its log is {paths.log_dir() / 'daemon.log'}[/dim]")
-    if daemon.main() == daemon.ALREADY_RUNNING:
+    if daemon.main() == ALREADY_RUNNING:
         raise DaemonError("a daemon runs already; see: tabwise status")
 
 
@@ -193,7 +196,9 @@ def status(as_json: Json = False) -> None:
         model = found["model"]
         table = Table(box=None, show_header=False)
         table.add_row("daemon", f"version {found['version']}, pid {found['pid']}, up {found['uptime_s']:.0f} s")
-        table.add_row("model", f"{model['name']}: {model['state']}" + (f" ({model['error']})" if model["error"] else ""))
+        table.add_row(
+            "model", f"{model['name']}: {model['state']}" + (f" ({model['error']})" if model["error"] else "")
+        )
         table.add_row("served", ", ".join(f"{count} {what}" for what, count in found["served"].items()))
         if found["tcp_port"]:
             table.add_row("TCP", f"127.0.0.1:{found['tcp_port']}, token in {paths.runtime_dir() / 'token'}")
@@ -237,7 +242,10 @@ def list_models(as_json: Json = False) -> None:
     """Show the models that Tabwise knows."""
     known = catalog.entries().values()
     if as_json:
-        rows = [{"name": e.name, "licence": e.licence, "format": e.format, "pulled": catalog.is_pulled(e.name)} for e in known]
+        rows = [
+            {"name": e.name, "licence": e.licence, "format": e.format, "pulled": catalog.is_pulled(e.name)}
+            for e in known
+        ]
         typer.echo(json.dumps(rows))
         return
     table = Table(box=None)
@@ -252,7 +260,13 @@ def list_models(as_json: Json = False) -> None:
 @models.command("pull")
 def pull_model(name: Annotated[str, typer.Argument(help="A name of `tabwise models list`.")]) -> None:
     """Bring a model onto this machine."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err) as progress:
         folder = pull.pull(name, _Bars(progress))
     typer.echo(folder)

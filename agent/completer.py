@@ -105,9 +105,7 @@ async def complete(
     yield Completed(completion, _facts(loaded, request.id, trace))
 
 
-def _ending(
-    text: str, stop: stopping.Stop | None, rules: stopping.StopRules, *, ended: bool
-) -> tuple[str, StopReason]:
+def _ending(text: str, stop: stopping.Stop | None, rules: stopping.StopRules, *, ended: bool) -> tuple[str, StopReason]:
     stop = stop or stopping.find_stop(text, rules, final=True)
     if stop:
         return text[: stop.end], stop.reason
@@ -137,7 +135,8 @@ async def _write(
     prompt_ids, live_ids = await _prompt(loaded, around, request, settings)
     tokens = await loaded.engine.tokenize(around.live)
     healed = healing.take_back(tokens) if live_ids else healing.Healed((), "")
-    said, forced, first = "", (), True
+    forced: tuple[int, ...] = ()
+    said, first = "", True
     for _ in range(_DETOURS):
         trace.prompt_ids = (*prompt_ids, *healed.kept_ids)
         detour = None

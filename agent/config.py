@@ -62,7 +62,7 @@ class CompletionSettings(_Section):
         strict=False,
         description='Language identifiers in which nothing is completed while you type, `["markdown"]` for instance.',
     )
-    prefix_tokens: int = Field(512, ge=16, le=65_536, description="Most tokens of text before the cursor in a prompt.")
+    prefix_tokens: int = Field(384, ge=16, le=65_536, description="Most tokens of text before the cursor in a prompt.")
     suffix_tokens: int = Field(128, ge=0, le=65_536, description="Most tokens of text behind the cursor in a prompt.")
     snippet_tokens: int = Field(
         256, ge=0, le=65_536, description="Most tokens from elsewhere, other cells of a notebook for instance."
@@ -78,7 +78,7 @@ class ExplainSettings(_Section):
     language: str = Field(
         "English", min_length=1, max_length=64, description='Language of the answer: "German", "fr", "日本語", …'
     )
-    max_tokens: int = Field(400, ge=16, le=8192, description="Most tokens of an explanation.")
+    max_tokens: int = Field(320, ge=16, le=8192, description="Most tokens of an explanation.")
     code_tokens: int = Field(
         1500, ge=64, le=65_536, description="Most tokens of code that are read; of longer code the end is left out."
     )
@@ -105,12 +105,12 @@ class LogSettings(_Section):
 class Settings(_Section):
     """All settings, with the defaults of a machine without a GPU."""
 
-    model: ModelSettings = ModelSettings()  # type: ignore[call-arg]
-    engine: EngineSettings = EngineSettings()  # type: ignore[call-arg]
-    completion: CompletionSettings = CompletionSettings()  # type: ignore[call-arg]
-    explain: ExplainSettings = ExplainSettings()  # type: ignore[call-arg]
-    daemon: DaemonSettings = DaemonSettings()  # type: ignore[call-arg]
-    log: LogSettings = LogSettings()  # type: ignore[call-arg]
+    model: ModelSettings = ModelSettings()
+    engine: EngineSettings = EngineSettings()
+    completion: CompletionSettings = CompletionSettings()
+    explain: ExplainSettings = ExplainSettings()
+    daemon: DaemonSettings = DaemonSettings()
+    log: LogSettings = LogSettings()
 
 
 def load(path: Path | None = None) -> Settings:
@@ -129,7 +129,9 @@ def load(path: Path | None = None) -> Settings:
     except FileNotFoundError:
         return Settings()
     except OSError as error:
-        raise ConfigError(f"cannot read the settings {file}: {error.strerror}; mend its permissions or remove it") from None
+        raise ConfigError(
+            f"cannot read the settings {file}: {error.strerror}; mend its permissions or remove it"
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"the settings {file} are not UTF-8 text; save the file as UTF-8") from None
     except tomllib.TOMLDecodeError as error:

@@ -71,9 +71,9 @@ def is_secret(path: str) -> bool:
 
 
 def surroundings(prefix: str, suffix: str, anchor: int | None = None) -> Surroundings:
-    """Cut the text around a cursor.
+    r"""Cut the text around a cursor.
 
-    Line ends come out as "\\n", since models hardly ever saw others.
+    Line ends come out as "\n", since models hardly ever saw others.
 
     Args:
         prefix: Text before the cursor.
@@ -91,7 +91,7 @@ def surroundings(prefix: str, suffix: str, anchor: int | None = None) -> Surroun
 
 
 def normal_newlines(text: str) -> str:
-    """Return `text` with "\\n" for every end of line."""
+    r"""Return `text` with "\n" for every end of line."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

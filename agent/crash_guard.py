@@ -102,7 +102,9 @@ class CrashGuard:
         except FileNotFoundError:
             return {}
         except (ValueError, AttributeError, TypeError):
-            self._record.unlink(missing_ok=True)  # unreadable: better to try a model once more than to refuse it for ever
+            self._record.unlink(
+                missing_ok=True
+            )  # unreadable: better to try a model once more than to refuse it for ever
             return {}
 
 

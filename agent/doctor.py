@@ -5,7 +5,6 @@ Looks and reports; changes nothing. A finding that keeps Tabwise from working sa
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -40,10 +39,14 @@ def examine() -> list[Finding]:
 
 
 def _examine() -> Iterator[Finding]:
-    yield Finding("tabwise", None, f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    yield Finding(
+        "tabwise", None, f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    )
     cores, memory = psutil.cpu_count(logical=False) or 1, psutil.virtual_memory()
     yield Finding(
-        "machine", None, f"{cores} cores, {memory.total / 2**30:.0f} GiB memory, {memory.available / 2**30:.0f} GiB of it free"
+        "machine",
+        None,
+        f"{cores} cores, {memory.total / 2**30:.0f} GiB memory, {memory.available / 2**30:.0f} GiB of it free",
     )
     yield _gpu()
     for name in _BASE:
@@ -72,7 +75,9 @@ def _examine() -> Iterator[Finding]:
 def _gpu() -> Finding:
     # The driver's own tool is asked for, not torch: it costs nothing, and the base install has no torch.
     if shutil.which("nvidia-smi"):
-        return Finding("device", None, "an NVIDIA driver is installed; the llama.cpp of this install runs on the CPU all the same")
+        return Finding(
+            "device", None, "an NVIDIA driver is installed; the llama.cpp of this install runs on the CPU all the same"
+        )
     if platform.system() == "Darwin":
         return Finding("device", None, "Apple GPU, through llama.cpp's Metal")
     return Finding("device", None, "CPU, no GPU found")
@@ -103,10 +108,14 @@ def _model(settings: config.Settings) -> Iterator[Finding]:
             "close programs, or choose a smaller model in model.name",
         )
     engine = "llama.cpp" if model.format == "gguf" else "none in this version: choose a GGUF file"
-    yield Finding("engine", model.format == "gguf", f"{engine}, {settings.engine.threads or psutil.cpu_count(logical=False)} threads")
+    yield Finding(
+        "engine",
+        model.format == "gguf",
+        f"{engine}, {settings.engine.threads or psutil.cpu_count(logical=False)} threads",
+    )
 
 
 def _size(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not os.path.islink(file))
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())

@@ -1,20 +1,20 @@
 """Everything that can go wrong, as one tree. Each message is one line: what happened, the value seen, what to do.
 
-    TabwiseError
-    ├── ConfigError            the settings file cannot be read, or holds wrong values
-    ├── InputError             a file, position or argument of the user's that cannot be used
-    ├── ModelError
-    │   ├── UnknownModelError  no such name in the catalogue, no such path
-    │   ├── ModelMissingError  known, but not pulled yet
-    │   ├── ModelCorruptError  the file is cut, damaged, or not what its hash says
-    │   ├── ModelSetAsideError the model killed the daemon too often
-    │   └── PullError          a download failed: network, disk space
-    ├── EngineError            the engine refused a request or broke
-    │   └── PromptTooLongError the prompt does not fit the context
-    ├── DaemonError            the daemon cannot be reached, started or bound
-    │   ├── DaemonGoneError    nobody listens: it is not running
-    │   └── DaemonBusyError    a daemon of another version is still at work
-    └── RequestError           a request to the daemon that it cannot take
+TabwiseError
+├── ConfigError            the settings file cannot be read, or holds wrong values
+├── InputError             a file, position or argument of the user's that cannot be used
+├── ModelError
+│   ├── UnknownModelError  no such name in the catalogue, no such path
+│   ├── ModelMissingError  known, but not pulled yet
+│   ├── ModelCorruptError  the file is cut, damaged, or not what its hash says
+│   ├── ModelSetAsideError the model killed the daemon too often
+│   └── PullError          a download failed: network, disk space
+├── EngineError            the engine refused a request or broke
+│   └── PromptTooLongError the prompt does not fit the context
+├── DaemonError            the daemon cannot be reached, started or bound
+│   ├── DaemonGoneError    nobody listens: it is not running
+│   └── DaemonBusyError    a daemon of another version is still at work
+└── RequestError           a request to the daemon that it cannot take
 """
 
 

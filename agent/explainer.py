@@ -48,7 +48,9 @@ class Phrases:
 @cache
 def _languages() -> tuple[Phrases, ...]:
     raw = tomllib.loads((Path(__file__).parent / "explain.toml").read_text(encoding="utf-8"))
-    blocks = [{("class_" if key == "class" else key): value for key, value in block.items()} for block in raw["language"]]
+    blocks = [
+        {("class_" if key == "class" else key): value for key, value in block.items()} for block in raw["language"]
+    ]
     return TypeAdapter(tuple[Phrases, ...]).validate_python(blocks)
 
 
@@ -123,9 +125,10 @@ async def explain(
                 else:
                     yield event.text
                 text += event.text
-                if _loops(text):
+                if _loops(text) or echo_of(text, code) is not None:
                     reason = StopReason.REPETITION
                     break
+    text = text[: echo_of(text, code)]
     timing = Timing(_ms(started), first_text_ms, prefill, cached, decoded)
     yield Explanation(request.id, text.strip(), reason, timing, loaded.model.name)
 
@@ -137,6 +140,23 @@ async def _fitting(loaded: LoadedModel, code: str, budget: int) -> str:
         return code
     kept = "".join(token.text or "" for token in tokens[:budget])
     return kept.rpartition("\n")[0] or kept
+
+
+def echo_of(text: str, code: str) -> int | None:
+    """Return where an explanation stops explaining and repeats the code itself, or None.
+
+    Small models fill up an answer by copying the question. The fence and a line that announces it go, too.
+    """
+    place = text.rfind("\n```")
+    if place < 0:
+        return None
+    _, newline, block = text[place + 1 :].partition("\n")
+    first = next((line.strip() for line in code.split("\n") if line.strip()), "")
+    if not newline or not first or not block.lstrip().startswith(first):
+        return None
+    before = text[:place].rstrip()
+    announcement = before.rfind("\n") + 1
+    return announcement if before.endswith(":") and announcement else place
 
 
 def _loops(text: str) -> bool:

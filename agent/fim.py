@@ -145,9 +145,7 @@ def render(
     return (*context, *ordered, *middle, Piece(live))
 
 
-def _context(
-    fmt: FimFormat | None, path: str, repository: str, snippets: Sequence[Snippet]
-) -> tuple[Piece, ...]:
+def _context(fmt: FimFormat | None, path: str, repository: str, snippets: Sequence[Snippet]) -> tuple[Piece, ...]:
     if not snippets:
         return ()
     if fmt is None or not fmt.file:

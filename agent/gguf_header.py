@@ -53,7 +53,9 @@ class _Reader:
 
     def header(self) -> GgufHeader:
         if self._data[:4] != _MAGIC:
-            raise ModelCorruptError(f"{self._path} is no GGUF file (begins with {self._data[:4]!r}); choose a .gguf file")
+            raise ModelCorruptError(
+                f"{self._path} is no GGUF file (begins with {self._data[:4]!r}); choose a .gguf file"
+            )
         self._at = 4
         try:
             return self._read()

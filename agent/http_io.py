@@ -15,7 +15,7 @@ from agent.errors import ModelError, PromptTooLongError, RequestError, TabwiseEr
 from agent.racing import until
 
 _BODY_BYTES = 4 << 20  # windows of documents are 30 KB; anything near this is a mistake or an attack
-_STATUS = {ModelError: 503, RequestError: 400, PromptTooLongError: 400}
+_STATUS: dict[type[TabwiseError], int] = {ModelError: 503, RequestError: 400, PromptTooLongError: 400}
 
 
 class OpenRequests:
@@ -52,7 +52,6 @@ async def body_of(request: Request) -> bytes:
         if size > _BODY_BYTES:
             raise RequestError(f"the request's body has over {_BODY_BYTES} bytes; send a window around the cursor")
     return b"".join(parts)
-
 
 
 def lines(request: Request, open_requests: OpenRequests, parts: AsyncGenerator[bytes, None]) -> Response:

@@ -58,7 +58,9 @@ def runtime_dir() -> Path:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise DaemonError(f"cannot create the runtime directory {path}: {error.strerror}; set TABWISE_RUNTIME_DIR") from None
+        raise DaemonError(
+            f"cannot create the runtime directory {path}: {error.strerror}; set TABWISE_RUNTIME_DIR"
+        ) from None
     if os.name == "posix":
         info = path.lstat()
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():

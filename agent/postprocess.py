@@ -45,7 +45,12 @@ def drop_echo(text: str, around: Surroundings) -> str:
     for count in (1, 2, 3):
         echo = "\n".join(below[:count]).strip()
         allowed = max(1, int(len(echo) * _ECHO_SHARE))
-        if echo and said and Levenshtein.distance(said, echo, score_cutoff=allowed) <= allowed and len(echo) > allowed + 1:
+        if (
+            echo
+            and said
+            and Levenshtein.distance(said, echo, score_cutoff=allowed) <= allowed
+            and len(echo) > allowed + 1
+        ):
             return ""
     return text
 

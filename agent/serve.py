@@ -59,13 +59,17 @@ class TokenGuard:
         if headers.get(b"host") not in self._hosts:  # a page that had its name resolve to 127.0.0.1
             await _refusal(421, "this daemon answers to 127.0.0.1 only")(scope, receive, send)
         elif not secrets.compare_digest(headers.get(b"authorization", b""), self._wanted):
-            await _refusal(401, "send the token: Authorization: Bearer …; tabwise status names its file")(scope, receive, send)
+            await _refusal(401, "send the token: Authorization: Bearer …; tabwise status names its file")(
+                scope, receive, send
+            )
         else:
             await self._app(scope, receive, send)
 
 
 def _refusal(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"code": "unauthorized", "type": "invalid_request_error", "message": message}}, status)
+    return JSONResponse(
+        {"error": {"code": "unauthorized", "type": "invalid_request_error", "message": message}}, status
+    )
 
 
 def main(load: Load | None = None) -> int:
@@ -89,6 +93,8 @@ def main(load: Load | None = None) -> int:
         return ALREADY_RUNNING
     with lock:
         _start_log(settings)
+        for stale in runtime.glob("engine-*.sock"):  # of a daemon that was killed
+            stale.unlink(missing_ok=True)
         try:
             asyncio.run(_run(settings, runtime, load))
         except TabwiseError as error:
@@ -100,8 +106,6 @@ def main(load: Load | None = None) -> int:
 
 
 async def _run(settings: Settings, runtime: Path, load: Load | None) -> None:
-    for stale in runtime.glob("engine-*.sock"):
-        stale.unlink(missing_ok=True)
     guard = CrashGuard(paths.private_dir(paths.data_dir() / "state"))
     if guard.last_crash:
         log.error("the previous daemon was ended by %s", guard.last_crash)
@@ -173,7 +177,9 @@ def _unix_socket(path: Path) -> socket.socket:
     try:
         listener.bind(str(path))
     except OSError as error:
-        raise DaemonError(f"cannot bind {path}: {error.strerror}; set TABWISE_RUNTIME_DIR to another directory") from None
+        raise DaemonError(
+            f"cannot bind {path}: {error.strerror}; set TABWISE_RUNTIME_DIR to another directory"
+        ) from None
     finally:
         os.umask(mask)
     listener.listen(_BACKLOG)

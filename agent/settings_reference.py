@@ -4,6 +4,8 @@ import sys
 import tomllib
 from collections.abc import Iterator
 
+from pydantic import BaseModel
+
 from agent.config import Settings
 
 _HEAD = """\
@@ -30,9 +32,7 @@ def render() -> str:
 def _lines() -> Iterator[str]:
     yield _HEAD
     for name, section in Settings.model_fields.items():
-        kind = section.annotation
-        assert kind is not None
-        assert issubclass(kind, type(Settings()).__mro__[1])
+        kind: type[BaseModel] = type(section.default)
         yield f"## [{name}]\n\n{kind.__doc__}\n\n| key | default | takes | what it is |\n| --- | --- | --- | --- |"
         schema = kind.model_json_schema()["properties"]
         for key, field in kind.model_fields.items():

@@ -131,8 +131,12 @@ def _alike(line: str, other: str) -> bool:
 def _repeats(lines: Sequence[str]) -> bool:
     # The last line, or the last two together, for the third time in a row.
     for unit in (1, 2):
-        tail = lines[-unit * _REPEATS :]
-        if len(tail) == unit * _REPEATS and len("".join(tail[:unit])) >= _TELLING_CHARS and tail == tail[:unit] * _REPEATS:
+        tail = list(lines[-unit * _REPEATS :])
+        if (
+            len(tail) == unit * _REPEATS
+            and len("".join(tail[:unit])) >= _TELLING_CHARS
+            and tail == tail[:unit] * _REPEATS
+        ):
             return True
     return False
 

@@ -34,9 +34,12 @@ _MODIFIERS = (
     r"pub(?:\([^)]*\))?|unsafe|extern|const|open|sealed|partial)\s+)*"
 )
 _CLASS = re.compile(rf"^\s*{_MODIFIERS}(?:data\s+)?(?:class|struct|interface|enum|trait|impl)\s+([A-Za-z_$][\w$]*)")
-_KEYWORD = re.compile(rf"^\s*{_MODIFIERS}(?:def|function\*?|fn|func|fun|sub)\s+(?:\([^)]*\)\s*)?([A-Za-z_$][\w$]*[!?]?)")
+_KEYWORD = re.compile(
+    rf"^\s*{_MODIFIERS}(?:def|function\*?|fn|func|fun|sub)\s+(?:\([^)]*\)\s*)?([A-Za-z_$][\w$]*[!?]?)"
+)
 _ARROW = re.compile(rf"^\s*{_MODIFIERS}(?:const|let|var)\s+([A-Za-z_$][\w$]*)\s*=\s*(?:async\s*)?(?:function\b|\()")
 _TYPED = re.compile(r"^\s*(?:[A-Za-z_][\w:<>,*&\[\]. ]*[\s*&])([A-Za-z_~]\w*)\s*\([^;]*$")
+_BEFORE_PARAMETERS = re.compile(r"\s*(?:=\s*)?(?:async\s*)?(?:function\s*\w*)?\s*(?:<[^()]*>|\[[^()]*\])?\s*")
 _NOT_NAMES = {"if", "for", "while", "switch", "return", "catch", "else", "with", "new", "match"}
 _SKIPPED = {"self", "cls", "this", "&self", "&mut self", "mut self", "void"}
 _OPEN, _CLOSE = "([{<", ")]}>"
@@ -119,7 +122,7 @@ def _end(lines: Sequence[str], start: int) -> int:
 
 def _parameters(text: str) -> tuple[str, ...]:
     opened = text.find("(")
-    if opened < 0 or text[:opened].strip(" =\n\tasyncfunction"):
+    if opened < 0 or not _BEFORE_PARAMETERS.fullmatch(text[:opened]):
         return ()
     parts, depth, current = [], 0, ""
     for character in text[opened:]:

@@ -60,9 +60,7 @@ class AgentLink:
         if self._client is not None:
             await self._client.__aexit__()
 
-    async def _stream(
-        self, ask: Callable[["DaemonClient"], AsyncGenerator[T, None]]
-    ) -> AsyncGenerator[T, None]:
+    async def _stream(self, ask: Callable[["DaemonClient"], AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
         """Yield what the daemon answers; where none runs, one is started and asked."""
         client = await self._open()
         try:

@@ -1,6 +1,6 @@
-"""The text of open documents and notebooks, and positions in it.
+r"""The text of open documents and notebooks, and positions in it.
 
-Lines end at "\\r\\n", "\\n" or "\\r" and at nothing else, as the protocol says; Python's splitlines() knows more, and so
+Lines end at "\r\n", "\n" or "\r" and at nothing else, as the protocol says; Python's splitlines() knows more, and so
 does pygls's own workspace. Characters of a position count in the units that were agreed on with the client. Pure values:
 a change makes a new `Document`, so that whoever holds one has a snapshot. Knows no server.
 """

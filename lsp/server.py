@@ -2,9 +2,9 @@
 
 import argparse
 import logging
-import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 from lsprotocol import types
@@ -35,7 +35,7 @@ class TabwiseServer(LanguageServer):
             self.protocol.report_unreadable()
             return
         places = traceback.extract_tb(error.__traceback__)[-4:]
-        trail = " < ".join(f"{os.path.basename(place.filename)}:{place.lineno}" for place in reversed(places))
+        trail = " < ".join(f"{Path(place.filename).name}:{place.lineno}" for place in reversed(places))
         log.error("%s at %s", type(error).__name__, trail or "an unknown place")
 
 
@@ -57,8 +57,12 @@ def create_server() -> TabwiseServer:
 
 def main() -> None:
     """Run the server until the client ends it."""
-    parser = argparse.ArgumentParser("tabwise-lsp", description="The Tabwise language server, on standard input and output.")
-    parser.add_argument("--stdio", action="store_true", help="accepted, since many clients pass it; there is no other way")
+    parser = argparse.ArgumentParser(
+        "tabwise-lsp", description="The Tabwise language server, on standard input and output."
+    )
+    parser.add_argument(
+        "--stdio", action="store_true", help="accepted, since many clients pass it; there is no other way"
+    )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--version", action="version", version=f"tabwise-lsp {__version__}")
     options = parser.parse_args()

@@ -79,7 +79,9 @@ class LlamaCppEngine:
             return []
         body = {"content": text, "add_special": False, "parse_special": special, "with_pieces": True}
         answer = await self._post("/tokenize", body)
-        return [Token(item["id"], item["piece"] if isinstance(item["piece"], str) else None) for item in answer["tokens"]]
+        return [
+            Token(item["id"], item["piece"] if isinstance(item["piece"], str) else None) for item in answer["tokens"]
+        ]
 
     async def start_ids(self) -> tuple[int, ...]:
         """Return the ids with which every prompt begins."""
@@ -159,7 +161,9 @@ class LlamaCppEngine:
 
     async def _decoded(self, data: dict[str, Any], seen: int) -> Decoded:
         chosen = data["completion_probabilities"][-1]
-        ids, logps, exact = (int(chosen["id"]),), (float(chosen["logprob"]),), True
+        ids: tuple[int, ...] = (int(chosen["id"]),)
+        logps: tuple[float, ...] = (float(chosen["logprob"]),)
+        exact = True
         missing = int(data["tokens_predicted"]) - seen - 1
         if missing > 0:
             # Tokens that end within a character are held back, and only the last of them is reported with the text.

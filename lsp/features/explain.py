@@ -39,7 +39,9 @@ class _Asked:
 def register(server: LanguageServer, state: State) -> None:
     """Offer the action and answer the command."""
 
-    @server.feature(types.TEXT_DOCUMENT_CODE_ACTION, types.CodeActionOptions(code_action_kinds=[types.CodeActionKind.Empty]))
+    @server.feature(
+        types.TEXT_DOCUMENT_CODE_ACTION, types.CodeActionOptions(code_action_kinds=[types.CodeActionKind.Empty])
+    )
     async def code_action(params: types.CodeActionParams) -> list[types.CodeAction]:
         if params.text_document.uri not in state.library.documents:
             return []

@@ -5,7 +5,6 @@ import importlib
 import logging
 import uuid
 from contextlib import aclosing
-from typing import Any
 
 from lsprotocol import types
 from pygls.exceptions import JsonRpcException
@@ -28,7 +27,9 @@ def register(server: LanguageServer, state: State) -> None:
     @server.feature(types.INITIALIZE)
     def initialize(params: types.InitializeParams) -> None:
         state.units = _units(params)
-        state.roots = [folder.uri for folder in params.workspace_folders or ()] or [uri for uri in (params.root_uri,) if uri]
+        state.roots = [folder.uri for folder in params.workspace_folders or ()] or [
+            uri for uri in (params.root_uri,) if uri
+        ]
         options = params.initialization_options
         state.settings.change(options.get(SECTION, options) if isinstance(options, dict) else options)
         text_document = params.capabilities.text_document
@@ -87,7 +88,9 @@ async def _warm(server: LanguageServer, state: State) -> None:
                 if now == "loading" and shows_progress:
                     token = f"tabwise-{uuid.uuid4().hex}"
                     await server.work_done_progress.create_async(token)
-                    server.work_done_progress.begin(token, types.WorkDoneProgressBegin(title="Tabwise: loading the model"))
+                    server.work_done_progress.begin(
+                        token, types.WorkDoneProgressBegin(title="Tabwise: loading the model")
+                    )
     finally:
         if token is not None:
             server.work_done_progress.end(token, types.WorkDoneProgressEnd())
@@ -96,7 +99,7 @@ async def _warm(server: LanguageServer, state: State) -> None:
 async def _ask_settings(server: LanguageServer, state: State) -> None:
     asked = types.ConfigurationParams(items=[types.ConfigurationItem(section=SECTION)])
     try:
-        answer: list[Any] = await server.workspace_configuration_async(asked)
+        answer = await server.workspace_configuration_async(asked)
     except JsonRpcException as error:
         log.warning("the client did not tell its settings: %s", error)
         return
@@ -126,4 +129,7 @@ def _units(params: types.InitializeParams) -> Units:
     general = params.capabilities.general
     offered = general.position_encodings if general and general.position_encodings else ()
     # The first that the client lists: it is the one that the client prefers, and pygls advertises the same.
-    return next((Units(str(getattr(one, "value", one))) for one in offered if getattr(one, "value", one) in list(Units)), Units.UTF16)
+    return next(
+        (Units(str(getattr(one, "value", one))) for one in offered if getattr(one, "value", one) in list(Units)),
+        Units.UTF16,
+    )
