@@ -6,6 +6,7 @@ non-zero exit. Knows no model: what a model must answer is asked of the daemon.
 
 import asyncio
 import json
+import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Coroutine
@@ -35,7 +36,9 @@ app = typer.Typer(
     add_completion=True,
 )
 models = typer.Typer(help="The models on this machine, and those that can be had.", no_args_is_help=True)
+bench = typer.Typer(help="Measure, on this machine, with the real model.", no_args_is_help=True)
 app.add_typer(models, name="models")
+app.add_typer(bench, name="bench")
 
 out = Console()
 err = Console(stderr=True)
@@ -304,6 +307,53 @@ def retry_model(name: Annotated[str, typer.Argument(help="A model that was set a
     """Give a model that was set aside after crashes another chance."""
     found = crash_guard.forgive(paths.data_dir() / "state", name)
     typer.echo(f"{name} will be tried again" if found else f"{name} was not set aside")
+
+
+@bench.command("start")
+def bench_start(as_json: Json = False) -> None:
+    """The language server's start, beside a server that does nothing."""
+    _show_figures(_language_server_bench("start"), as_json)
+
+
+@bench.command("cancel")
+def bench_cancel(as_json: Json = False) -> None:
+    """The answer to a cancelled request, while the engine decodes."""
+    _show_figures(_language_server_bench("cancel"), as_json)
+
+
+@bench.command("engine")
+def bench_engine(as_json: Json = False) -> None:
+    """Prefill, decode and cancelling in the engine."""
+    from agent import bench as benchmarks  # httpx, like the two below
+
+    _show_figures(asyncio.run(benchmarks.engine()), as_json)
+
+
+@bench.command("explain")
+def bench_explain(as_json: Json = False) -> None:
+    """The first text of an explanation of 40 lines, and a completion in the middle of one."""
+    from agent import bench as benchmarks
+
+    _show_figures(asyncio.run(benchmarks.explain()), as_json)
+
+
+def _language_server_bench(name: str) -> dict[str, Any]:
+    # A process: what measures the language server knows its protocol, which the agent must not.
+    done = subprocess.run([sys.executable, "-m", "lsp.bench", name], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise DaemonError(f"the benchmark failed: {done.stderr.strip().splitlines()[-1:]}")
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
+
+
+def _show_figures(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    table = Table(box=None, show_header=False)
+    for name, value in figures.items():
+        table.add_row(name, str(value))
+    out.print(table)
 
 
 def _one_line_errors(run: Callable[[], None]) -> Callable[[], None]:

@@ -143,7 +143,7 @@ async def _warm(daemon: Daemon, request: Request) -> Response:
             async for state in stream:
                 yield wire.line(state=state.value)
 
-    return http_io.lines(request, daemon.open_requests, states())
+    return http_io.lines(daemon.open_requests, states())
 
 
 async def _complete(daemon: Daemon, request: Request) -> Response:
@@ -175,7 +175,7 @@ async def _complete(daemon: Daemon, request: Request) -> Response:
                 else:
                     yield wire.line(text=part)
 
-    return http_io.lines(request, daemon.open_requests, parts())
+    return http_io.lines(daemon.open_requests, parts())
 
 
 async def _explain(daemon: Daemon, request: Request) -> Response:
@@ -194,4 +194,4 @@ async def _explain(daemon: Daemon, request: Request) -> Response:
                 else:
                     yield wire.line(text=part)
 
-    return http_io.lines(request, daemon.open_requests, parts())
+    return http_io.lines(daemon.open_requests, parts())

@@ -6,9 +6,11 @@ Knows connections and errors, not what is asked or answered.
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from http import HTTPStatus
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from agent import wire
 from agent.errors import ModelError, PromptTooLongError, RequestError, TabwiseError
@@ -54,27 +56,54 @@ async def body_of(request: Request) -> bytes:
     return b"".join(parts)
 
 
-def lines(request: Request, open_requests: OpenRequests, parts: AsyncGenerator[bytes, None]) -> Response:
-    """Return a response that streams `parts`, reports errors as a last line, and stops when the client goes away."""
+class Streamed(Response):
+    """A response that sends parts as they come, and closes their source when the client goes away.
+
+    Not Starlette's own: that one cancels the sending task again at every `await` of the clean-up, and an engine whose
+    stream was being closed would be left running.
+    """
+
+    def __init__(self, parts: AsyncGenerator[bytes, None], media_type: str, open_requests: OpenRequests) -> None:
+        """Send `parts` when called; counted as open until the last one is sent."""
+        self.status_code = HTTPStatus.OK
+        self.media_type = media_type
+        self.background = None
+        self.init_headers()
+        self._parts = parts
+        self._open_requests = open_requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as an ASGI application; the request's body must have been read."""
+        del scope
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        with self._open_requests:
+            async with aclosing(until_gone(receive, self._parts)) as parts:
+                await send(start)
+                async for part in parts:
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def lines(open_requests: OpenRequests, parts: AsyncGenerator[bytes, None]) -> Response:
+    """Return a response that streams lines and reports an error as the last one."""
 
     async def body() -> AsyncGenerator[bytes, None]:
-        with open_requests:
-            try:
-                async with aclosing(until_gone(request, parts)) as stream:
-                    async for part in stream:
-                        yield part
-            except TabwiseError as error:
-                yield wire.line(error=wire.error_fields(error))
+        try:
+            async with aclosing(parts):
+                async for part in parts:
+                    yield part
+        except TabwiseError as error:
+            yield wire.line(error=wire.error_fields(error))
 
-    return StreamingResponse(body(), media_type="application/x-ndjson")
+    return Streamed(body(), "application/x-ndjson", open_requests)
 
 
-async def until_gone(request: Request, parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+async def until_gone(receive: Receive, parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     """Yield `parts` until the client closes its connection; its body must have been read."""
     gone = asyncio.Event()
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
         gone.set()
 

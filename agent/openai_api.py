@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from agent import fim, stopping, wire
@@ -21,7 +21,7 @@ from agent.context import surroundings
 from agent.engine_host import EngineHost
 from agent.engines.base import Decoded, Finished, GenerationRequest, Prefilled, Task
 from agent.errors import RequestError, TabwiseError
-from agent.http_io import OpenRequests, body_of, status_of, until_gone
+from agent.http_io import OpenRequests, Streamed, body_of, status_of, until_gone
 from agent.loaded import LoadedModel
 from agent.types import Chat, Message
 
@@ -135,19 +135,18 @@ async def _answer(
     head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": host.name}
 
     async def chunks() -> AsyncGenerator[bytes, None]:
-        with open_requests:
-            try:
-                async with aclosing(_texts(host, body)) as stream:
-                    async for text, end in stream:
-                        choice = shape.choice(text, end["finish_reason"] if end else None, streamed=True)
-                        usage = {"usage": end["usage"]} if end else {}
-                        yield _event(head | {"object": shape.part, "choices": [choice]} | usage)
-                yield b"data: [DONE]\n\n"
-            except TabwiseError as error:
-                yield _event(_error(error))
+        try:
+            async with aclosing(_texts(host, body)) as stream:
+                async for text, end in stream:
+                    choice = shape.choice(text, end["finish_reason"] if end else None, streamed=True)
+                    usage = {"usage": end["usage"]} if end else {}
+                    yield _event(head | {"object": shape.part, "choices": [choice]} | usage)
+            yield b"data: [DONE]\n\n"
+        except TabwiseError as error:
+            yield _event(_error(error))
 
     if body.stream:
-        return StreamingResponse(until_gone(request, chunks()), media_type="text/event-stream")
+        return Streamed(chunks(), "text/event-stream", open_requests)
 
     async def whole() -> AsyncGenerator[bytes, None]:
         said = ""
@@ -159,7 +158,7 @@ async def _answer(
                     answer = head | {"object": shape.whole, "choices": [choice], "usage": end["usage"]}
                     yield json.dumps(answer, ensure_ascii=False).encode()
 
-    async with aclosing(until_gone(request, whole())) as parts:
+    async with aclosing(until_gone(request.receive, whole())) as parts:
         return Response(b"".join([part async for part in parts]), media_type="application/json")
 
 

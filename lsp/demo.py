@@ -6,7 +6,6 @@ author wrote; then asks for an explanation. Shows what it sees and judges nothin
 
 import asyncio
 import bisect
-import colorsys
 import fnmatch
 import sys
 import textwrap
@@ -52,8 +51,10 @@ def _places() -> list[_Place]:
     here = Path(__file__).parent.parent / "agent"
     return [
         _Place("an argument", _source(bisect), "        lo = bisect_right(a, key(x), ", ")"),
-        _Place("the end of a line", _source(colorsys), "    minc = ", "\n"),
-        _Place("a body of our own", here / "paths.py", '    """Return the directory of log files."""\n    ', "\n\n\ndef "),
+        _Place("the end of a line", here / "racing.py", "    async with aclosing", "\n"),
+        _Place(
+            "a body of our own", here / "paths.py", '    """Return the directory of log files."""\n    ', "\n\n\ndef "
+        ),
         _Place("the middle of a word", _source(textwrap), "        chunks = self._split", "\n"),
     ]
 
@@ -64,7 +65,7 @@ def main() -> int:
     try:
         asyncio.run(_demo())
     except (TabwiseError, TimeoutError) as error:
-        Console(stderr=True).print(f"demo: {error or 'no answer in time; see tabwise doctor'}", style="red")
+        Console(stderr=True).print(f"demo: {str(error) or 'no answer in time; see tabwise doctor'}", style="red")
         return 1
     _next_steps(time.perf_counter() - started)
     return 0
@@ -108,7 +109,9 @@ async def _demo() -> None:
 
 def _capabilities() -> types.ClientCapabilities:
     return types.ClientCapabilities(
-        text_document=types.TextDocumentClientCapabilities(inline_completion=types.InlineCompletionClientCapabilities()),
+        text_document=types.TextDocumentClientCapabilities(
+            inline_completion=types.InlineCompletionClientCapabilities()
+        ),
         window=types.WindowClientCapabilities(work_done_progress=True),
     )
 
@@ -149,11 +152,9 @@ async def _complete(client: LanguageClient, place: _Place) -> None:
 
 
 async def _explain(client: LanguageClient, file: Path, name: str) -> None:
-    text = file.read_text(encoding="utf-8")
+    text = await asyncio.to_thread(file.read_text, encoding="utf-8")
     uri = file.as_uri()
-    client.text_document_did_open(
-        types.DidOpenTextDocumentParams(types.TextDocumentItem(uri, "python", 0, text))
-    )
+    client.text_document_did_open(types.DidOpenTextDocumentParams(types.TextDocumentItem(uri, "python", 0, text)))
     lines = text.split("\n")
     line = next(number for number, content in enumerate(lines) if content.startswith(f"def {name}("))
     first, after = subject.enclosing(lines, line)
@@ -167,7 +168,9 @@ async def _explain(client: LanguageClient, file: Path, name: str) -> None:
 
 def _next_steps(seconds: float) -> None:
     out.print(f"\nDone in {seconds:.0f} s. To use it in an editor, see extension/README.md; in short:")
-    out.print(f"  Neovim 0.12  cmd = {{'{Path(sys.executable).parent / 'tabwise-lsp'}'}}, then vim.lsp.inline_completion.enable()")
+    out.print(
+        f"  Neovim 0.12  cmd = {{'{Path(sys.executable).parent / 'tabwise-lsp'}'}}, then vim.lsp.inline_completion.enable()"
+    )
     out.print("  any other    an LSP client that runs tabwise-lsp, or a tool that speaks OpenAI's API (tabwise status)")
     out.print("  by hand      tabwise complete FILE:LINE:COL, tabwise explain FILE:START-END, tabwise doctor")
 
