@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -205,7 +206,7 @@ class DaemonClient:
 def _spawn(folder: Path, errors: Path) -> subprocess.Popen[bytes]:
     with errors.open("wb") as file:
         # Away from our terminal, our process group and our files: it outlives whoever starts it.
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-P", "-m", "agent.serve"],
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -214,6 +215,9 @@ def _spawn(folder: Path, errors: Path) -> subprocess.Popen[bytes]:
             cwd=folder,
             env=_daemon_environment(),
         )
+    # Somebody must take note of its end, or it stays behind as a zombie for as long as an editor is open.
+    threading.Thread(target=process.wait, daemon=True).start()
+    return process
 
 
 def _is_ours(health: dict[str, Any] | None) -> bool:

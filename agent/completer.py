@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from agent import context, fim, healing, postprocess, stopping
 from agent.config import CompletionSettings
 from agent.context import Surroundings
-from agent.engines.base import Decoded, Finished, GenerationRequest, Prefilled
+from agent.engines.base import Decoded, Finished, GenerationRequest, Prefilled, Token
 from agent.errors import EngineError
 from agent.loaded import LoadedModel
 from agent.types import Completion, CompletionRequest, Generation, Snippet, Source, StopReason, Timing
@@ -39,16 +39,27 @@ class _Trace:
     output_logps: list[float] = field(default_factory=list)
     exact: bool = True
     prefill_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
     decoded_tokens: int = 0
     ended: bool = False
+    healed: bool = False
+    """Whether the model has written again what was taken back."""
 
-    def prefilled(self, event: Prefilled, *, first: bool) -> None:
-        if first:
+    def begin(self, prompt_ids: tuple[int, ...]) -> None:
+        """Ask anew, from another prompt; what it cost so far still counts."""
+        self.prompt_ids, self.output_ids, self.output_logps = prompt_ids, [], []
+        self.exact, self.ended, self.healed = True, False, False
+
+    def prefilled(self, event: Prefilled) -> None:
+        """Count a prompt's tokens: those that had to be computed add up, the cache's are the first prompt's."""
+        if event.done_tokens < event.total_tokens:
+            return
+        self.prefill_tokens += event.total_tokens - event.cached_tokens
+        if self.cached_tokens is None:
             self.cached_tokens = event.cached_tokens
-        self.prefill_tokens = max(self.prefill_tokens, event.total_tokens - event.cached_tokens)
 
     def decoded(self, event: Decoded) -> None:
+        """Count tokens that belong to the output."""
         self.output_ids += event.ids
         self.output_logps += event.logps
         self.exact = self.exact and event.exact
@@ -99,7 +110,7 @@ async def complete(
                 break
     text, reason = _ending(text, stop, rules, ended=trace.ended)
     kept, dropped_by = postprocess.clean(text, around)
-    timing = Timing(_ms(started), first_text_ms, trace.prefill_tokens, trace.cached_tokens, trace.decoded_tokens)
+    timing = Timing(_ms(started), first_text_ms, trace.prefill_tokens, trace.cached_tokens or 0, trace.decoded_tokens)
     replaced = postprocess.replaced_chars(kept, around)
     completion = Completion(request.id, kept, Source.ENGINE, reason, timing, replaced, dropped_by)
     yield Completed(completion, _facts(loaded, request.id, trace))
@@ -129,80 +140,82 @@ async def _write(
 ) -> AsyncGenerator[str, None]:
     """Yield the model's text behind the cursor, as it comes.
 
-    The last token before the cursor is taken back and must be written again (see `healing`). Where the likeliest token
-    does not do that, the likeliest one that does is taken; where none does, the text is continued as it stands.
+    The last tokens before the cursor are taken back and must be written again (see `healing`). Where the likeliest
+    token does not do that, the likeliest one that does is taken; where none does, less is taken back, and in the end
+    nothing.
     """
-    prompt_ids, live_ids = await _prompt(loaded, around, request, settings)
-    tokens = await loaded.engine.tokenize(around.live)
-    healed = healing.take_back(tokens) if live_ids else healing.Healed((), "")
-    forced: tuple[int, ...] = ()
-    said, first = "", True
+    prompt_ids, live = await _prompt(loaded, around, request, settings)
+    for healed in healing.candidates(live):
+        trace.begin((*prompt_ids, *healed.kept_ids))
+        async with aclosing(_healed(loaded, healed, budget, trace)) as parts:
+            async for part in parts:
+                yield part
+        if trace.healed:
+            return
+    live_ids = tuple(token.id for token in live)
+    trace.begin((*prompt_ids, *live_ids))
+    async with aclosing(_unhealed(loaded, budget, trace)) as parts:
+        async for part in parts:
+            yield part
+
+
+async def _healed(loaded: LoadedModel, healed: healing.Healed, budget: int, trace: _Trace) -> AsyncGenerator[str, None]:
+    """Yield the text behind the one that was taken back; nothing where the model cannot be brought to write that."""
+    wanted, said = healed.wanted, ""
     for _ in range(_DETOURS):
-        trace.prompt_ids = (*prompt_ids, *healed.kept_ids)
         detour = None
         ask = GenerationRequest(
-            prompt_ids=(*trace.prompt_ids, *forced),
-            max_tokens=max(1, budget - trace.decoded_tokens),
-            alternatives=healing.N_ALTERNATIVES if len(said) < len(healed.wanted) else 1,
+            prompt_ids=(*trace.prompt_ids, *trace.output_ids),
+            max_tokens=max(1, budget - len(trace.output_ids)),
+            alternatives=healing.N_ALTERNATIVES,
         )
         async with aclosing(loaded.engine.generate(ask)) as stream:
             async for event in stream:
                 if isinstance(event, Prefilled):
-                    trace.prefilled(event, first=first)
-                    first = False
+                    trace.prefilled(event)
                 elif isinstance(event, Finished):
                     trace.ended = event.ended
                 elif event.ids[-1] in loaded.stop_ids:
                     trace.ended = True
                     break
-                elif len(said) < len(healed.wanted) and not healing.fits(said + event.text, healed.wanted):
+                elif len(said) < len(wanted) and not healing.fits(said + event.text, wanted):
                     detour = event
                     break
                 else:
                     trace.decoded(event)
                     before, said = said, said + event.text
-                    if visible := said[max(len(before), len(healed.wanted)) :]:
+                    trace.healed = len(said) >= len(wanted)
+                    if visible := said[max(len(before), len(wanted)) :]:
                         yield visible
-        if detour is None:
-            if len(said) >= len(healed.wanted):
-                return
-            break  # the model ended before it had written what stands before the cursor
-        way = healing.way_to(healed.wanted, said, detour.alternatives)
+        way = healing.way_to(wanted, said, detour.alternatives) if detour else None
         if way is None:
-            break
+            return
         trace.decoded(Decoded(way.text, (way.id,), (way.logp,)))
         said += way.text
-        if visible := said[len(healed.wanted) :]:
+        trace.healed = len(said) >= len(wanted)
+        if visible := said[len(wanted) :]:
             yield visible
-        forced = tuple(trace.output_ids)
-    if len(said) > len(healed.wanted):
-        return
-    async with aclosing(_unhealed(loaded, (*prompt_ids, *live_ids), budget, trace)) as parts:
-        async for part in parts:
-            yield part
 
 
-async def _unhealed(
-    loaded: LoadedModel, prompt_ids: tuple[int, ...], budget: int, trace: _Trace
-) -> AsyncGenerator[str, None]:
-    trace.prompt_ids = prompt_ids
-    trace.output_ids, trace.output_logps, trace.ended = [], [], False
-    async with aclosing(loaded.engine.generate(GenerationRequest(prompt_ids, budget))) as stream:
+async def _unhealed(loaded: LoadedModel, budget: int, trace: _Trace) -> AsyncGenerator[str, None]:
+    async with aclosing(loaded.engine.generate(GenerationRequest(trace.prompt_ids, budget))) as stream:
         async for event in stream:
-            if isinstance(event, Finished):
+            if isinstance(event, Prefilled):
+                trace.prefilled(event)
+            elif isinstance(event, Finished):
                 trace.ended = event.ended
-            elif isinstance(event, Decoded):
-                if event.ids[-1] in loaded.stop_ids:
-                    trace.ended = True
-                    return
+            elif event.ids[-1] in loaded.stop_ids:
+                trace.ended = True
+                return
+            else:
                 trace.decoded(event)
                 yield event.text
 
 
 async def _prompt(
     loaded: LoadedModel, around: Surroundings, request: CompletionRequest, settings: CompletionSettings
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids of the prompt without the live text, and those of the live text."""
+) -> tuple[tuple[int, ...], list[Token]]:
+    """Return the ids of the prompt without the live text, and the tokens of the live text."""
     room = loaded.engine.context_tokens // 2  # whatever the settings say, half of the context stays for the rest
     head = await _fit(loaded, around.head, min(settings.prefix_tokens, room), keep_end=True)
     suffix = await _fit(loaded, around.suffix, min(settings.suffix_tokens, room // 2), keep_end=False)
@@ -215,12 +228,12 @@ async def _prompt(
         path=request.document.path,
         snippets=snippets,
     )
-    live_ids = tuple(token.id for token in await loaded.engine.tokenize(around.live))
-    if len(live_ids) > room // 2:
+    live = await loaded.engine.tokenize(around.live)
+    if len(live) > room // 2:
         raise EngineError(
-            f"the cursor's line has {len(live_ids)} tokens before the cursor, {room // 2} fit; raise engine.context_tokens"
+            f"the cursor's line has {len(live)} tokens before the cursor, {room // 2} fit; raise engine.context_tokens"
         )
-    return await loaded.ids(pieces[:-1]), live_ids
+    return await loaded.ids(pieces[:-1]), live
 
 
 async def _fit(loaded: LoadedModel, text: str, budget: int, *, keep_end: bool) -> str:

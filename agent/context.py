@@ -80,10 +80,10 @@ def surroundings(prefix: str, suffix: str, anchor: int | None = None) -> Surroun
         suffix: Text behind the cursor.
         anchor: Characters of `prefix` above the live text; None for the start of the cursor's line.
     """
-    cut = len(prefix) if anchor is None else max(0, min(anchor, len(prefix)))
-    cut = prefix.rfind("\n", 0, cut) + 1
-    head, live = normal_newlines(prefix[:cut]), normal_newlines(prefix[cut:])
-    suffix = normal_newlines(suffix)
+    above = normal_newlines(prefix if anchor is None else prefix[: max(0, anchor)])
+    prefix, suffix = normal_newlines(prefix), normal_newlines(suffix)
+    cut = above.rfind("\n") + 1
+    head, live = prefix[:cut], prefix[cut:]
     rest, newline, below = suffix.partition("\n")
     if _CLOSERS_ONLY.match(rest):
         return Surroundings(head, live, newline + below, rest.rstrip())

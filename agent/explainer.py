@@ -42,7 +42,8 @@ class Phrases:
     def opening(self, subject: Subject) -> str:
         """Return the beginning of the answer."""
         words = {Kind.FUNCTION: self.function, Kind.CLASS: self.class_, Kind.CODE: self.code}
-        return words[subject.kind].format(name=subject.name)
+        signature = f"{subject.name}({', '.join(subject.parameters)})" if subject.parameters else subject.name
+        return words[subject.kind].format(name=subject.name, signature=signature)
 
 
 @cache

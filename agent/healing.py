@@ -1,9 +1,10 @@
 """Token healing: a cursor in the middle of a word falls into the middle of a token, and models write badly from there.
 
-The last token of the text before the cursor is left out of the prompt, and the answer must begin with its text. Pure:
+The last tokens of the text before the cursor are left out of the prompt, and the answer must begin with their text. Pure:
 decides over tokens and texts, runs nothing. Source: notes on token healing in the guidance project.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,23 +12,47 @@ from agent.engines.base import Alternative, Token
 
 N_ALTERNATIVES = 40
 """Likeliest tokens among which a way to the wanted beginning is looked for; it is nearly always in the first ten."""
+_WORD_TOKENS = 4  # a longer word is a name of the user's own, which the model would hardly write again by itself
+_LAST_WORD = re.compile(r"[ ]?\w+$")
 
 
 @dataclass(frozen=True, slots=True)
 class Healed:
-    """A prompt's end with its last token taken back."""
+    """A prompt's end with its last tokens taken back."""
 
     kept_ids: tuple[int, ...]
     wanted: str
     """Text with which the answer must begin; empty where nothing was taken back."""
 
 
-def take_back(live: Sequence[Token]) -> Healed:
-    """Take the last token of the live text back."""
-    ids = tuple(token.id for token in live)
-    if not live or live[-1].text is None:
-        return Healed(ids, "")
-    return Healed(ids[:-1], live[-1].text)
+def candidates(live: Sequence[Token]) -> tuple[Healed, ...]:
+    """Return what to take back of the live text, the most promising first.
+
+    The whole word before the cursor with the blank in front of it, which is often one token (" return" is, " retur" is
+    not); then the last token alone.
+    """
+    backs = [n for n in (_word_tokens(live), 1) if 0 < n <= len(live)]
+    found = []
+    for n in dict.fromkeys(backs):
+        texts = [token.text for token in live[-n:]]
+        if all(text is not None for text in texts):
+            kept = tuple(token.id for token in live[:-n])
+            found.append(Healed(kept, "".join(text or "" for text in texts)))
+    return tuple(found)
+
+
+def _word_tokens(live: Sequence[Token]) -> int:
+    # How many tokens the word at the end takes, with the blank before it; 0 where there is none or it is long.
+    text = "".join(token.text or "\0" for token in live)
+    word = _LAST_WORD.search(text)
+    if word is None:
+        return 0
+    length = 0
+    for n in range(1, min(_WORD_TOKENS, len(live)) + 1):
+        length += len(live[-n].text or "\0")
+        if length >= len(word[0]):
+            return n
+    return 0
 
 
 def fits(text: str, wanted: str) -> bool:

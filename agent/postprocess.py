@@ -25,7 +25,7 @@ _QUOTES = "\"'`"
 def drop_repeating_tail(text: str, around: Surroundings) -> str:
     """Cut a tail that says one thing over and over to its first saying: 3 or more characters 5 times, 10 or more 3."""
     del around
-    body = text.rstrip()
+    body = "\n" + text.rstrip()  # as if a line ended before it, so that lines are units from the first one on
     for unit_chars, times in ((3, 5), (10, 3)):
         for size in range(unit_chars, len(body) // times + 1):
             unit = body[-size:]
@@ -34,7 +34,7 @@ def drop_repeating_tail(text: str, around: Surroundings) -> str:
             start = len(body)
             while start >= size and body[start - size : start] == unit:
                 start -= size
-            return body[: start + size]
+            return body[1 : start + size]
     return text
 
 

@@ -79,7 +79,7 @@ def find_stop(text: str, rules: StopRules, *, final: bool = False) -> Stop | Non
         # The first line shares its row with what stands before the cursor; only the later ones have an indentation.
         stop = _ending(line, kept, rules) if index else None
         if stop:
-            return Stop(at + (len(line) if stop is StopReason.END else 0), _told(stop))
+            return Stop(at + len(line) if stop is StopReason.END else at - 1, _told(stop))
         if line.strip():
             kept.append(line.strip())
         at += len(line) + 1

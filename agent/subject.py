@@ -55,7 +55,8 @@ def subject_of(code: str) -> Subject:
             found = pattern.match(line)
             if found and found[1] not in _NOT_NAMES and line.split()[0] not in _NOT_NAMES:
                 rest = "\n".join([line[found.end(1) :], *lines[number + 1 :]])
-                return Subject(Kind.FUNCTION, found[1], _parameters(rest))
+                is_go = line.lstrip().startswith("func ")
+                return Subject(Kind.FUNCTION, found[1], _parameters(rest, names_first=is_go))
         if line.strip() and indent_of(line) == 0 and not line.lstrip().startswith(("#", "//", "/*", "*", "@", '"""')):
             break  # code that defines nothing in its first statement
     return Subject(Kind.CODE)
@@ -79,9 +80,10 @@ def enclosing(lines: Sequence[str], line: int) -> tuple[int, int]:
         text = lines[start]
         if not text.strip() or (start != line and indent_of(text) >= limit and not _defines(text)):
             continue
-        if _defines(text) and (start == line or indent_of(text) < limit):
+        if _defines(text) and (start == line or indent_of(text) < limit) and _end(lines, start) > line:
             return _with_decorators(lines, start), _end(lines, start)
-        limit = min(limit, indent_of(text))
+        if text.strip() != "{":  # on a line of its own it belongs to the header above
+            limit = min(limit, indent_of(text))
     return 0, len(lines)
 
 
@@ -120,7 +122,7 @@ def _end(lines: Sequence[str], start: int) -> int:
     return end
 
 
-def _parameters(text: str) -> tuple[str, ...]:
+def _parameters(text: str, *, names_first: bool) -> tuple[str, ...]:
     opened = text.find("(")
     if opened < 0 or not _BEFORE_PARAMETERS.fullmatch(text[:opened]):
         return ()
@@ -139,11 +141,11 @@ def _parameters(text: str) -> tuple[str, ...]:
             current = ""
         else:
             current += character
-    names = (_name_of(part) for part in [*parts, current])
+    names = (_name_of(part, names_first=names_first) for part in [*parts, current])
     return tuple(name for name in names if name)
 
 
-def _name_of(part: str) -> str:
+def _name_of(part: str, *, names_first: bool) -> str:
     text = re.sub(r"#.*|//.*", "", part).strip()
     if not text or text in {"*", "/", "..."} or text in _SKIPPED:
         return ""
@@ -151,11 +153,8 @@ def _name_of(part: str) -> str:
     if ":" in before and "::" not in before:
         name = before.partition(":")[0].split()[-1]
     elif len(words := before.split()) > 1:
-        # "int count" (C, Java) names last, "count int" (Go) first: types of Go and Rust are rarely capitalised alone.
-        name = words[0] if words[-1] in _GO_TYPES or words[-1][0] in "[*" else words[-1]
+        # "count int" in Go, "int count" in C and Java.
+        name = words[0] if names_first else words[-1]
     else:
         name = before
     return name.strip("*&[]?. ")
-
-
-_GO_TYPES = {"string", "int", "int64", "int32", "uint", "byte", "bool", "float64", "error", "rune", "any"}

@@ -82,6 +82,8 @@ class TabwiseProtocol(LanguageServerProtocol):
             return _INVALID_REQUEST, "the id is neither an integer nor a string"
         if not isinstance(message.get("params"), (dict, list, type(None))):
             return _INVALID_PARAMS, "the parameters are neither an object nor an array"
+        if is_request and self._is_notification(method):
+            return _INVALID_REQUEST, "this method is a notification and takes no id"
         if self._shutdown and is_request:
             return _INVALID_REQUEST, "the server is shutting down"
         if not self._initialized and method not in (types.INITIALIZE, types.EXIT):
@@ -89,6 +91,10 @@ class TabwiseProtocol(LanguageServerProtocol):
         if self._initialized and method == types.INITIALIZE:
             return _INVALID_REQUEST, "the server is initialized already"
         return None
+
+    def _is_notification(self, method: str) -> bool:
+        kind = self.get_message_type(method)
+        return kind is not None and not hasattr(kind, "id")
 
     def _wrong_response(self, message: dict[str, Any]) -> tuple[int, str] | None:
         if not _is_id(message.get("id")) or not ("result" in message or "error" in message):
@@ -108,7 +114,7 @@ class TabwiseProtocol(LanguageServerProtocol):
         log.warning("refused a message: %s", reason)
         if fields and "method" not in fields and ("result" in fields or "error" in fields):
             return  # a response: answering it could begin a quarrel without end
-        if isinstance(fields.get("method"), str) and "id" not in fields:
+        if isinstance(fields.get("method"), str) and "id" not in fields and fields.get("jsonrpc") == self.VERSION:
             return  # a notification: JSON-RPC wants no answer to it
         msg_id = fields.get("id")
         error = {"code": int(code), "message": reason}

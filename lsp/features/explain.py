@@ -113,7 +113,7 @@ def _asked(state: State, argument: dict[str, Any]) -> _Asked:
         raise JsonRpcInvalidParams("language is a string, token a string or integer")
     try:
         code = _code(document, argument)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise JsonRpcInvalidParams("range is {start, end}, position {line, character}, with integers") from None
     if not code.strip():
         raise JsonRpcInvalidParams("there is no code at that place")

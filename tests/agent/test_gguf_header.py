@@ -1,0 +1,62 @@
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from agent import gguf_header
+from agent.errors import ModelCorruptError, UnknownModelError
+from tests.fakes import SPECIALS
+from tests.gguf_files import gguf_bytes
+
+
+def test_a_header_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes())
+    header = gguf_header.read(path)
+    assert header.architecture == "qwen2"
+    assert header.context_tokens == 4096
+    assert header.vocabulary == frozenset(SPECIALS)
+    assert header.metadata["some.numbers"] == 3
+
+
+def test_every_cut_is_noticed_up_to_the_last_tensor(tmp_path: Path) -> None:
+    whole = gguf_bytes()
+    path = tmp_path / "m.gguf"
+    # The last 64 bytes are the last tensor: its inside is llama.cpp's to check.
+    for length in range(len(whole) - 64 + 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ModelCorruptError) as caught:
+            gguf_header.read(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_damage_never_raises_anything_else(tmp_path: Path) -> None:
+    whole = bytearray(gguf_bytes())
+    path = tmp_path / "m.gguf"
+    for place in range(4, len(whole) - 128):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        with suppress(ModelCorruptError):
+            gguf_header.read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 something else"])
+def test_other_files_are_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelCorruptError, match=r"m\.gguf"):
+        gguf_header.read(path)
+
+
+def test_a_newer_version_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes(version=9))
+    with pytest.raises(ModelCorruptError, match="version 9"):
+        gguf_header.read(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UnknownModelError, match="No such file"):
+        gguf_header.read(tmp_path / "m.gguf")

@@ -1,0 +1,192 @@
+"""Pulls from a hub that runs here and misbehaves on demand."""
+
+import hashlib
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from agent import catalog, pull
+from agent.errors import ModelCorruptError, PullError
+from tests.agent.test_catalog import small_entry
+from tests.conftest import World
+
+CONTENT = os.urandom(3 << 20)
+HASH = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Hub(ThreadingHTTPServer):
+    """A hub with one repository."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content = CONTENT
+        self.listed_hash = HASH
+        self.cut_after: int | None = None
+        """Break the connection after so many bytes of a download, once."""
+        self.status = 200
+        self.silent_s = 0.0
+        self.downloads: list[str] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        time.sleep(self.server.silent_s)
+        if self.path.startswith("/api/models/maker/small/tree"):
+            files = [{"type": "file", "path": "README.md", "size": 3}]
+            files += [
+                {"type": "file", "path": "small.gguf", "size": len(CONTENT), "lfs": {"oid": self.server.listed_hash}}
+            ]
+            self._send(self.server.status, json.dumps(files).encode())
+        elif self.path == "/maker/small/resolve/main/small.gguf":
+            self._download()
+        else:
+            self._send(404, b"")
+
+    def _send(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _download(self) -> None:
+        wanted = self.headers.get("Range", "bytes=0-")
+        self.server.downloads.append(wanted)
+        start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        body = self.server.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.server.cut_after is not None:
+            body, self.server.cut_after = body[: self.server.cut_after], None
+            self.close_connection = True
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def hub(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(catalog, "entries", lambda: {"small": small_entry()})
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def leftovers() -> list[str]:
+    return sorted(path.name for path in catalog.directory("small").parent.iterdir() if not path.name.endswith(".lock"))
+
+
+def test_a_model_comes_whole_and_verified(hub: Hub) -> None:
+    folder = pull.pull("small")
+    assert (folder / "small.gguf").read_bytes() == CONTENT
+    assert catalog.find("small").sha256 == HASH
+    assert leftovers() == ["small"]
+    assert pull.pull("small") == folder
+    assert len(hub.downloads) == 1
+
+
+def test_a_broken_connection_is_taken_up_where_it_broke(hub: Hub) -> None:
+    hub.cut_after = 1_500_000
+    pull.pull("small")
+    assert len(hub.downloads) == 2
+    assert int(hub.downloads[1].removeprefix("bytes=").removesuffix("-")) > 0
+    assert catalog.find("small").sha256 == HASH
+
+
+def test_an_interrupted_pull_goes_on_from_what_it_has(hub: Hub) -> None:
+    work = catalog.directory("small").parent / ".small.pull"
+    work.mkdir(parents=True)
+    (work / "small.gguf").write_bytes(CONTENT[:1_000_000])
+    pull.pull("small")
+    assert hub.downloads == ["bytes=1000000-"]
+    assert (catalog.directory("small") / "small.gguf").read_bytes() == CONTENT
+
+
+def test_a_file_with_another_hash_is_deleted_and_never_seen(hub: Hub) -> None:
+    hub.content = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
+    with pytest.raises(ModelCorruptError, match=HASH):
+        pull.pull("small")
+    assert not catalog.is_pulled("small")
+    assert not list(catalog.directory("small").parent.rglob("*.gguf"))
+
+
+def test_a_hub_that_has_another_file_than_the_catalogue_is_not_asked_for_it(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "entries", lambda: {"small": small_entry(sha256="ab" * 32, bytes=len(CONTENT))})
+    with pytest.raises(PullError, match="the catalogue says abab"):
+        pull.pull("small")
+    assert hub.downloads == []
+
+
+@pytest.mark.parametrize(("status", "said"), [(401, "licence"), (404, "moved"), (503, "cannot be reached")])
+def test_what_the_hub_refuses_is_told(hub: Hub, status: int, said: str) -> None:
+    hub.status = status
+    with pytest.raises(PullError, match=said) as caught:
+        pull.pull("small")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_silent_hub_is_given_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pull.HUB_PATIENCE_S == 5
+    monkeypatch.setattr(pull, "HUB_PATIENCE_S", 0.2)
+    hub.silent_s = 1.0
+    with pytest.raises(PullError, match="has no mirror"):
+        pull.pull("small")
+
+
+def test_two_pulls_at_once_do_not_spoil_one_another(hub: Hub) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: pull.pull("small"), range(4)))
+    assert len(set(folders)) == 1
+    assert len(hub.downloads) == 1
+    assert catalog.find("small").sha256 == HASH
+
+
+def test_too_little_room_is_told_before_anything_is_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_disk(monkeypatch, catalog.directory("small").parent, "1m")
+    try:
+        with pytest.raises(PullError, match="not enough room") as caught:
+            pull.pull("small")
+        assert "\n" not in str(caught.value)
+        assert hub.downloads == []
+    finally:
+        release(catalog.directory("small").parent)
+
+
+def test_a_disk_that_fills_up_on_the_way_is_told(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_disk(monkeypatch, catalog.directory("small").parent, "1m")
+    monkeypatch.setattr(pull, "_check_disk", lambda *_: None)  # somebody else took the room after the check
+    try:
+        with pytest.raises(PullError, match="No space left"):
+            pull.pull("small")
+        assert not catalog.is_pulled("small")
+    finally:
+        release(catalog.directory("small").parent)
+
+
+def small_disk(monkeypatch: pytest.MonkeyPatch, folder: Path, size: str) -> None:
+    folder.mkdir(parents=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode != 0:
+        pytest.skip("a disk of a known size takes the right to mount one")
+
+
+def release(folder: Path) -> None:
+    subprocess.run(["umount", str(folder)], check=True)

@@ -1,0 +1,148 @@
+"""Stand-ins for speed and for scripted timing: a tokenizer of bytes, an engine that says what it is told, a clock."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from agent.catalog import LocalModel
+from agent.engines.base import Alternative, Decoded, Engine, Event, Finished, GenerationRequest, Prefilled, Token
+from agent.errors import PromptTooLongError
+from agent.types import Chat
+
+SPECIALS = (
+    "<|fim_prefix|>",
+    "<|fim_suffix|>",
+    "<|fim_middle|>",
+    "<|file_sep|>",
+    "<|repo_name|>",
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|fim_pad|>",
+)
+END_ID = 256 + SPECIALS.index("<|endoftext|>")
+
+Say = Callable[[str], str]
+"""From the prompt's text, with specials spelled out, to the answer's."""
+
+
+class FakeClock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self, now: float = 1_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def encode(text: str, *, special: bool = False) -> list[Token]:
+    """One token for each character's bytes; specials are tokens only where that is allowed."""
+    tokens: list[Token] = []
+    while text:
+        found = next((name for name in SPECIALS if special and text.startswith(name)), None)
+        if found:
+            tokens.append(Token(256 + SPECIALS.index(found), found))
+            text = text[len(found) :]
+        else:
+            raw = text[0].encode()
+            tokens += [Token(byte, text[0] if len(raw) == 1 else None) for byte in raw]
+            text = text[1:]
+    return tokens
+
+
+def decode(ids: Sequence[int]) -> str:
+    """The text of some tokens, with specials spelled out."""
+    parts = [SPECIALS[one - 256].encode() if one >= 256 else bytes([one]) for one in ids]
+    return b"".join(parts).decode(errors="replace")
+
+
+@dataclass
+class FakeEngine:
+    """Says what `say` returns, a character a token, at a pace."""
+
+    say: Say = lambda prompt: "pass\n"
+    token_s: float = 0.0
+    batch_s: float = 0.0
+    batch_tokens: int = 64
+    context_tokens: int = 4096
+    alternatives: dict[str, str] = field(default_factory=dict)
+    """For a character that would be said: the characters that are offered besides it."""
+    requests: list[GenerationRequest] = field(default_factory=list)
+    cancelled: int = 0
+    open_streams: int = 0
+    most_open: int = 0
+    closed: bool = False
+
+    async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
+        return encode(text, special=special)
+
+    async def start_ids(self) -> tuple[int, ...]:
+        return ()
+
+    async def chat_ids(self, chat: Chat) -> tuple[int, ...]:
+        text = "".join(f"<|{turn.role}|>{turn.content}\n" for turn in chat.messages) + chat.opening
+        return tuple(token.id for token in encode(text))
+
+    async def attach(self, adapters: Sequence[str]) -> None:
+        del adapters
+
+    async def close(self) -> None:
+        self.closed = True
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.requests.append(request)
+        if len(request.prompt_ids) + request.max_tokens > self.context_tokens:
+            raise PromptTooLongError("too long")
+        self.open_streams += 1
+        self.most_open = max(self.most_open, self.open_streams)
+        finished = False
+        try:
+            total = len(request.prompt_ids)
+            for done in range(0, total + self.batch_tokens, self.batch_tokens):
+                await asyncio.sleep(self.batch_s)
+                yield Prefilled(min(done, total), total, 0)
+            said = 0
+            for character in self.say(decode(request.prompt_ids)):
+                if said == request.max_tokens:
+                    break
+                await asyncio.sleep(self.token_s)
+                yield self._decoded(character)
+                said += 1
+            else:
+                yield Finished(ended=True, prefill_tokens=total, cached_tokens=0, decoded_tokens=said)
+                finished = True
+                return
+            yield Finished(ended=False, prefill_tokens=total, cached_tokens=0, decoded_tokens=said)
+            finished = True
+        finally:
+            self.open_streams -= 1
+            self.cancelled += not finished
+
+    def _decoded(self, character: str) -> Decoded:
+        if character == "\0":  # the end of text, as a special token that the engine passes on
+            return Decoded("", (END_ID,), (-0.1,))
+        ids = tuple(character.encode())
+        others = [Alternative(ord(other), other, -2.0) for other in self.alternatives.get(character, "")]
+        chosen = Alternative(ids[0], character, -0.1)
+        return Decoded(character, ids, tuple(-0.1 for _ in ids), (chosen, *others))
+
+
+def scripted(prompt: str) -> str:
+    """Answer by what stands in the prompt, so that tests of whole processes can choose."""
+    if "SLOW" in prompt:
+        return "x" * 400
+    if "EXPLAIN" in prompt:
+        return " adds two numbers.\n\n- `a`: the first\n"
+    if "def mul(" in prompt:
+        return "(a, b):\n" if prompt.endswith("def mul") else "a, b):\n"
+    line = prompt.rpartition("<|fim_middle|>")[2]
+    # What stands before the cursor was partly taken back, and is written again.
+    return {"    retur": "n a + b\n", "    ret": "urn a + b\n"}.get(line, "value = 1\n")
+
+
+async def load_fake(model: LocalModel) -> Engine:
+    """Load a FakeEngine, paced by the environment: `FAKE_TOKEN_S`, `FAKE_BATCH_S`."""
+    del model
+    token_s, batch_s = (float(os.environ.get(name, "0")) for name in ("FAKE_TOKEN_S", "FAKE_BATCH_S"))
+    return FakeEngine(say=scripted, token_s=token_s, batch_s=batch_s)
