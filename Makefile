@@ -7,7 +7,7 @@ TORCH ?=
 CUDA ?=
 INSTALL = $(PYTHON) scripts/install.py --venv $(VENV) $(if $(TORCH),--torch "$(TORCH)") $(if $(CUDA),--cuda)
 
-.PHONY: help install dev train-deps model demo test unit soak check format bench docs pins dist clean
+.PHONY: help install dev train-deps model demo test unit soak check format bench docs picture pins dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / — /'
@@ -53,6 +53,9 @@ bench: model ## measure: start, keystroke, cancel, explanation
 
 docs: dev ## write the pages that are generated from the code
 	@$(BIN)/python -m agent.settings_reference > docs/settings.md
+
+picture: model ## draw the demo anew for the README
+	@COLUMNS=100 $(BIN)/python -m lsp.demo docs/demo.svg
 
 dist: dev ## build the wheel and the sdist into dist/
 	@rm -rf dist

@@ -7,6 +7,7 @@ author wrote; then asks for an explanation. Shows what it sees and judges nothin
 import asyncio
 import bisect
 import fnmatch
+import re
 import sys
 import textwrap
 import time
@@ -60,13 +61,18 @@ def _places() -> list[_Place]:
 
 
 def main() -> int:
-    """Run the demonstration."""
+    """Run the demonstration; with the name of a file, also draw what was shown into it, as SVG."""
+    out.record = len(sys.argv) > 1
     started = time.perf_counter()
     try:
         asyncio.run(_demo())
     except (TabwiseError, TimeoutError) as error:
         Console(stderr=True).print(f"demo: {str(error) or 'no answer in time; see tabwise doctor'}", style="red")
         return 1
+    if out.record:
+        drawn = out.export_svg(title="make demo")
+        # The font would be fetched from somebody's server by whoever looks at the picture; any monospaced one will do.
+        Path(sys.argv[1]).write_text(re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL), encoding="utf-8")
     _next_steps(time.perf_counter() - started)
     return 0
 
