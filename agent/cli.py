@@ -231,6 +231,8 @@ def show_doctor(as_json: Json = False) -> None:
         typer.echo(json.dumps([{"topic": f.topic, "ok": f.ok, "text": f.text, "mend": f.mend} for f in findings]))
     else:
         table = Table(box=None, show_header=False)
+        for _ in range(3):
+            table.add_column(overflow="fold")  # paths are to be copied, not guessed
         marks = {True: "[green]ok[/green]", False: "[red]!![/red]", None: ""}
         for finding in findings:
             mend = f"\n→ {finding.mend}" if finding.mend else ""

@@ -48,7 +48,7 @@ def _examine() -> Iterator[Finding]:
         None,
         f"{cores} cores, {memory.total / 2**30:.0f} GiB memory, {memory.available / 2**30:.0f} GiB of it free",
     )
-    yield _gpu()
+    yield _device()
     for name in _BASE:
         yield _package(name, needed=True)
     missing = [name for name in _TRAINING if importlib.util.find_spec(name) is None]
@@ -72,15 +72,17 @@ def _examine() -> Iterator[Finding]:
     yield Finding("logs", None, str(paths.log_dir()))
 
 
-def _gpu() -> Finding:
-    # The driver's own tool is asked for, not torch: it costs nothing, and the base install has no torch.
-    if shutil.which("nvidia-smi"):
-        return Finding(
-            "device", None, "an NVIDIA driver is installed; the llama.cpp of this install runs on the CPU all the same"
-        )
-    if platform.system() == "Darwin":
-        return Finding("device", None, "Apple GPU, through llama.cpp's Metal")
-    return Finding("device", None, "CPU, no GPU found")
+def _device() -> Finding:
+    try:
+        from agent.engines.llamacpp import devices  # 100 MB of native code, and the doctor must work without it
+    except ImportError:
+        return Finding("device", None, "unknown: llama.cpp is not installed")
+    found = devices()
+    gpu_here = shutil.which("nvidia-smi") is not None
+    if gpu_here and all(kind == "CPU" for kind, _ in found):
+        text = f"{found[0][1]} (llama.cpp); an NVIDIA driver is here, but this build of llama.cpp is for CPUs"
+        return Finding("device", None, text, "install a CUDA build of xllamacpp into the environment")
+    return Finding("device", None, ", ".join(f"{name} ({kind})" for kind, name in found))
 
 
 def _package(name: str, *, needed: bool) -> Finding:

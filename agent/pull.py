@@ -120,8 +120,7 @@ def _pull(entry: catalog.Entry, work: Path, report: Progress) -> Path:
     for file in wanted:
         target = work / file.path
         if source == "mirror":
-            assert entry.mirror is not None
-            _from_mirror(entry.mirror, target, report)
+            _from_mirror(entry, target, report)
         else:
             _from_hub(f"{_hub()}/{entry.repo}/resolve/main/{file.path}", target, file.bytes, report)
         stored.append(_verify(target, file, work, report))
@@ -134,7 +133,7 @@ def _pull(entry: catalog.Entry, work: Path, report: Progress) -> Path:
 
 
 def _verify(target: Path, file: _Wanted, work: Path, report: Progress) -> catalog.StoredFile:
-    report.start(f"verifying {file.path}", file.bytes, 0)
+    report.start("verifying", file.bytes, 0)
     seen_bytes = target.stat().st_size
     seen = catalog.sha256_of(target, report.advance)
     if (file.bytes and seen_bytes != file.bytes) or (file.sha256 and seen != file.sha256):
@@ -223,7 +222,7 @@ def _within(seconds: float, work: Callable[[], T]) -> T | None:
 
 
 def _from_hub(url: str, target: Path, total: int, report: Progress) -> None:
-    report.start(f"downloading {target.name}", total, _size(target))
+    report.start(target.name, total, _size(target))
     broken = 0
     while _size(target) < total:
         before = _size(target)
@@ -251,13 +250,15 @@ def _fetch(url: str, target: Path, done: int, report: Progress) -> None:
                 report.advance(len(chunk))
 
 
-def _from_mirror(mirror: catalog.Mirror, target: Path, report: Progress) -> None:
+def _from_mirror(entry: catalog.Entry, target: Path, report: Progress) -> None:
+    mirror = entry.mirror
+    assert mirror is not None
     total = sum(part.bytes for part in mirror.part)
     # Whole parts that an interrupted pull has joined already are kept; a part cut in the middle is taken anew.
     ends = [sum(part.bytes for part in mirror.part[: index + 1]) for index in range(len(mirror.part))]
     whole = sum(1 for end in ends if end <= _size(target))
     done = ends[whole - 1] if whole else 0
-    report.start(f"downloading {target.name} from its mirror", total, done)
+    report.start(f"{entry.name}, from its mirror", total, done)
     with target.open("ab") as file:
         file.truncate(done)
         for part in mirror.part[whole:]:

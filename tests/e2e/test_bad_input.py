@@ -1,6 +1,7 @@
 """Whatever is wrong, the command line says it in one line and ends with a status that is not zero."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,18 @@ def test_no_model_pulled(world: World) -> None:
     complains(world, "explain", str(source(world)), about="tabwise models pull starter")
     complains(world, "models", "remove", "starter", about="not on this machine")
     complains(world, "models", "path", "starter", about="tabwise models pull starter")
+
+
+def test_a_full_disk(world: World) -> None:
+    models = world.root / "models"
+    models.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(models)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a disk of a known size takes the right to mount one")
+    try:
+        complains(world, "models", "pull", "starter", about="not enough room")
+    finally:
+        subprocess.run(["umount", str(models)], check=True)
 
 
 def test_a_truncated_gguf_file(world: World) -> None:
