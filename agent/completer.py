@@ -18,6 +18,7 @@ from agent.loaded import LoadedModel
 from agent.types import Completion, CompletionRequest, Generation, Snippet, Source, StopReason, Timing
 
 _TRIES_TO_FIT = 8  # each halves the error of the estimate; more are never needed
+_FRAME_TOKENS = 64  # for sentinels and the paths of snippets
 _DETOURS = 4  # healed tokens that may be forced before the text is taken as it stands
 
 
@@ -92,7 +93,8 @@ async def complete(
     around = context.surroundings(request.prefix, request.suffix, request.anchor)
     multiline = context.wants_block(around) if request.multiline is None else request.multiline
     rules = stopping.rules_for(around, multiline=multiline, max_lines=settings.block_lines)
-    budget = request.max_tokens or (settings.block_tokens if multiline else settings.line_tokens)
+    allowed = request.max_tokens or (settings.block_tokens if multiline else settings.line_tokens)
+    budget = min(allowed, loaded.engine.context_tokens // 4)
     trace = _Trace()
     text, told, first_text_ms = "", 0, None
     stop: stopping.Stop | None = None
@@ -144,7 +146,7 @@ async def _write(
     token does not do that, the likeliest one that does is taken; where none does, less is taken back, and in the end
     nothing.
     """
-    prompt_ids, live = await _prompt(loaded, around, request, settings)
+    prompt_ids, live = await _prompt(loaded, around, request, settings, budget)
     for healed in healing.candidates(live):
         trace.begin((*prompt_ids, *healed.kept_ids))
         async with aclosing(_healed(loaded, healed, budget, trace)) as parts:
@@ -213,13 +215,18 @@ async def _unhealed(loaded: LoadedModel, budget: int, trace: _Trace) -> AsyncGen
 
 
 async def _prompt(
-    loaded: LoadedModel, around: Surroundings, request: CompletionRequest, settings: CompletionSettings
+    loaded: LoadedModel,
+    around: Surroundings,
+    request: CompletionRequest,
+    settings: CompletionSettings,
+    budget: int,
 ) -> tuple[tuple[int, ...], list[Token]]:
     """Return the ids of the prompt without the live text, and the tokens of the live text."""
-    room = loaded.engine.context_tokens // 2  # whatever the settings say, half of the context stays for the rest
-    head = await _fit(loaded, around.head, min(settings.prefix_tokens, room), keep_end=True)
-    suffix = await _fit(loaded, around.suffix, min(settings.suffix_tokens, room // 2), keep_end=False)
-    snippets = await _fit_snippets(loaded, request.snippets, min(settings.snippet_tokens, room // 2))
+    # Whatever the settings say, the parts fit together: a half, a quarter, an eighth and an eighth of what is left.
+    room = loaded.engine.context_tokens - budget - _FRAME_TOKENS
+    head = await _fit(loaded, around.head, min(settings.prefix_tokens, room // 2), keep_end=True)
+    suffix = await _fit(loaded, around.suffix, min(settings.suffix_tokens, room // 4), keep_end=False)
+    snippets = await _fit_snippets(loaded, request.snippets, min(settings.snippet_tokens, room // 8))
     pieces = fim.render(
         loaded.fim,
         head=head,
@@ -229,9 +236,9 @@ async def _prompt(
         snippets=snippets,
     )
     live = await loaded.engine.tokenize(around.live)
-    if len(live) > room // 2:
+    if len(live) > room // 8:
         raise EngineError(
-            f"the cursor's line has {len(live)} tokens before the cursor, {room // 2} fit; raise engine.context_tokens"
+            f"the cursor's line has {len(live)} tokens before the cursor, {room // 8} fit; raise engine.context_tokens"
         )
     return await loaded.ids(pieces[:-1]), live
 
@@ -251,7 +258,7 @@ async def _fit_snippets(loaded: LoadedModel, snippets: tuple[Snippet, ...], budg
     for snippet in reversed(snippets):  # the last one is the most useful
         if context.is_secret(snippet.path):
             continue
-        n_tokens = len(await loaded.engine.tokenize(snippet.text))
+        n_tokens = len(await loaded.engine.tokenize(f"{snippet.path}\n{snippet.text}"))
         if n_tokens > budget:
             text = await _fit(loaded, snippet.text, budget, keep_end=True) if not kept else ""
             return tuple(reversed([*kept, replace(snippet, text=text)] if text.strip() else kept))

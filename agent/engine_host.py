@@ -17,7 +17,7 @@ from agent import catalog
 from agent.catalog import LocalModel
 from agent.crash_guard import CrashGuard
 from agent.engines.base import Engine
-from agent.errors import TabwiseError, UnknownModelError
+from agent.errors import EngineError, TabwiseError, UnknownModelError
 from agent.loaded import LoadedModel, prepare
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,9 @@ class EngineHost:
             log.info("unloaded %s", self.name)
 
     async def close(self) -> None:
-        """Take the model out of memory, whoever uses it."""
+        """Take the model out of memory, whoever uses it; one that is being loaded is waited for first."""
+        if self._bringing is not None:
+            await asyncio.gather(self._bringing, return_exceptions=True)
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             with contextlib.suppress(TabwiseError):
@@ -138,6 +140,14 @@ class EngineHost:
         finally:
             self._bringing = None
 
+    async def _understood(self, model: LocalModel) -> LoadedModel:
+        engine = await self._load(model)
+        try:
+            return await prepare(model, engine)
+        except BaseException:
+            await engine.close()  # nobody else knows of it
+            raise
+
     async def _bring(self) -> LoadedModel:
         started = time.perf_counter()
         self.state, self.error = HostState.LOADING, None
@@ -148,15 +158,21 @@ class EngineHost:
                     f"{self.name} is a model folder for transformers, this version serves GGUF files; choose one in model.name"
                 )
             self._guard.loading(self.name)
-            loaded = await prepare(model, await self._load(model))
+            loaded = await self._understood(model)
             self._guard.serving(self.name)
-        except TabwiseError as error:
-            self.state, self.error = HostState.FAILED, error
+        except Exception as error:  # noqa: BLE001 - whatever it is, the state must tell that nothing is loaded
+            told = error if isinstance(error, TabwiseError) else _unexpected(self.name, error)
+            self.state, self.error = HostState.FAILED, told
             self._guard.unloaded()
-            log.error("cannot load %s: %s", self.name, error)
-            raise
+            log.error("cannot load %s: %s", self.name, told)
+            raise told from None
         self.state = HostState.READY
         self.loads += 1
         fmt = loaded.fim.name if loaded.fim else "none"
         log.info("loaded %s in %.2f s, fim format %s", self.name, time.perf_counter() - started, fmt)
         return loaded
+
+
+def _unexpected(name: str, error: Exception) -> TabwiseError:
+    reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return EngineError(f"cannot load {name}: {' '.join(str(reason).split())}; see tabwise doctor")

@@ -62,7 +62,8 @@ def phrases(language: str) -> Phrases:
         if wanted in (name.casefold() for name in known.names):
             return known
     english = _languages()[0]
-    order = f" Answer in {language.strip()}."
+    named = language.strip().replace("{", "{{").replace("}", "}}")  # what is asked goes through str.format
+    order = f" Answer in {named}."
     return Phrases(
         (language,),
         english.system.replace("Answer in English,", f"Answer in {language.strip()},"),

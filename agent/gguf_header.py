@@ -39,12 +39,12 @@ def read(path: Path) -> GgufHeader:
         ModelCorruptError: It is no GGUF file, or shorter than its header says.
     """
     try:
+        if not path.stat().st_size:
+            raise ModelCorruptError(f"the model {path} is empty; pull or copy it again")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(path, data).header()
     except OSError as error:
         raise UnknownModelError(f"cannot open the model {path}: {error.strerror}; check the path") from None
-    except ValueError:  # mmap refuses an empty file
-        raise ModelCorruptError(f"the model {path} is empty; pull or copy it again") from None
 
 
 class _Reader:
@@ -59,8 +59,8 @@ class _Reader:
         self._at = 4
         try:
             return self._read()
-        except (struct.error, UnicodeDecodeError, KeyError, OverflowError):
-            raise self._cut() from None
+        except (struct.error, ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
+            raise self._cut() from None  # lengths, kinds or values that cannot be
 
     def _read(self) -> GgufHeader:
         version = self._scalar("I")

@@ -18,6 +18,7 @@ _VISIBLE_CHARS = 2
 _ECHO_SHARE = 0.05
 """Share of characters that may differ in an echo of the next lines."""
 _OPENERS = {"(": ")", "[": "]", "{": "}"}
+_TRIPLE_QUOTES = ('"""', "'''")
 _MARKS = (":", "{", ";", ",")
 _QUOTES = "\"'`"
 
@@ -64,9 +65,20 @@ def cut_overlap(text: str, around: Surroundings) -> str:
     for size in range(min(len(last), len(rest)), 0, -1):
         # The whole rest, or a part of it that ends with a word: "a" before "as f" is no overlap.
         whole_word = size == len(rest) or not (rest[size - 1].isalnum() and rest[size].isalnum())
-        if whole_word and last.endswith(rest[:size]):
+        if whole_word and last.endswith(rest[:size]) and not _opens(last[:-size]):
             return head + newline + last[:-size]
     return text
+
+
+def _opens(text: str) -> bool:
+    # Whether a bracket stays open: then what closes it is the text's own, and no overlap.
+    stack: list[str] = []
+    for character in text:
+        if character in _OPENERS:
+            stack.append(_OPENERS[character])
+        elif stack and character == stack[-1]:
+            stack.pop()
+    return bool(stack)
 
 
 def trim_end(text: str, around: Surroundings) -> str:
@@ -106,15 +118,17 @@ def replaced_chars(text: str, around: Surroundings) -> int:
     wanted = around.closers.lstrip()
     if not wanted:
         return 0
-    covered = 0
     line = text.partition("\n")[0]
+    blank = len(around.closers) - len(wanted)
+    if wanted[:3] in _TRIPLE_QUOTES:
+        return blank + 3 if wanted[:3] in text else 0
+    covered = 0
     for character in _closers_of(around.cursor_line, line, wanted):
         if covered < len(wanted) and character == wanted[covered]:
             covered += 1
     mark = wanted[covered:].strip()
     if covered and mark in _MARKS and line.rstrip().endswith(mark):
         covered = len(wanted)  # the mark behind the closers is written as well
-    blank = len(around.closers) - len(wanted)
     return covered + blank if covered else 0
 
 

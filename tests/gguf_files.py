@@ -7,7 +7,8 @@ from pathlib import Path
 from tests.fakes import SPECIALS
 
 
-def _string(text: str) -> bytes:
+def string(text: str) -> bytes:
+    """Return a text as GGUF writes it."""
     raw = text.encode()
     return struct.pack("<Q", len(raw)) + raw
 
@@ -15,13 +16,13 @@ def _string(text: str) -> bytes:
 def gguf_bytes(words: Sequence[str] = SPECIALS, version: int = 3) -> bytes:
     """Return a file with two tensors of 64 bytes, an architecture, and a vocabulary."""
     entries = [
-        _string("general.architecture") + struct.pack("<I", 8) + _string("qwen2"),
-        _string("qwen2.context_length") + struct.pack("<II", 4, 4096),
-        _string("some.numbers") + struct.pack("<IIQ", 9, 6, 3) + struct.pack("<3f", 1, 2, 3),
-        _string("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, len(words)) + b"".join(map(_string, words)),
-        _string("tokenizer.ggml.merges") + struct.pack("<IIQ", 9, 8, 1) + _string("a b"),
+        string("general.architecture") + struct.pack("<I", 8) + string("qwen2"),
+        string("qwen2.context_length") + struct.pack("<II", 4, 4096),
+        string("some.numbers") + struct.pack("<IIQ", 9, 6, 3) + struct.pack("<3f", 1, 2, 3),
+        string("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, len(words)) + b"".join(map(string, words)),
+        string("tokenizer.ggml.merges") + struct.pack("<IIQ", 9, 8, 1) + string("a b"),
     ]
-    tensors = [_string(f"tensor{number}") + struct.pack("<IQIQ", 1, 16, 0, number * 64) for number in range(2)]
+    tensors = [string(f"tensor{number}") + struct.pack("<IQIQ", 1, 16, 0, number * 64) for number in range(2)]
     head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(entries)) + b"".join(entries + tensors)
     return head + b"\0" * (-len(head) % 32) + bytes(range(128))
 

@@ -7,7 +7,7 @@ from agent.catalog import LocalModel
 from agent.crash_guard import CrashGuard
 from agent.engine_host import EngineHost, HostState
 from agent.engines.base import Engine
-from agent.errors import ModelCorruptError, ModelMissingError
+from agent.errors import EngineError, ModelCorruptError, ModelMissingError
 from tests.conftest import World
 from tests.fakes import FakeEngine
 from tests.gguf_files import write_gguf
@@ -109,3 +109,39 @@ async def test_warming_tells_the_states(world: World) -> None:
     subject = host(world, Loader())
     assert [state async for state in subject.warm()] == [HostState.LOADING, HostState.READY]
     assert [state async for state in subject.warm()] == [HostState.READY]
+
+
+async def test_a_model_that_is_not_understood_does_not_stay_in_memory(world: World) -> None:
+    class Odd(FakeEngine):
+        async def start_ids(self) -> tuple[int, ...]:
+            raise OSError(5, "Input/output error")
+
+    odd = Odd()
+
+    async def load(model: LocalModel) -> Engine:
+        del model
+        return odd
+
+    subject = EngineHost(str(write_gguf(world.root / "m.gguf")), load, guard(world.root), unload_after_s=0)
+    with pytest.raises(EngineError, match="Input/output error"):
+        async with subject.use():
+            pass
+    assert odd.closed
+    assert subject.state is HostState.FAILED
+    assert not (world.root / "engine.json").exists()
+
+
+async def test_closing_in_the_middle_of_a_load_leaves_nothing_behind(world: World) -> None:
+    load = Loader(0.05)
+    subject = host(world, load)
+
+    async def use() -> None:
+        async with subject.use():
+            pass
+
+    task = asyncio.create_task(use())
+    await asyncio.sleep(0.01)
+    await subject.close()
+    await task
+    assert load.engines[0].closed
+    assert not (world.root / "engine.json").exists()

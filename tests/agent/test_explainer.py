@@ -24,6 +24,7 @@ def request(code: str = CODE, language: str = "English") -> ExplanationRequest:
         ("FRANÇAIS", "en français", "La fonction `add(a, b)`"),
         ("日本語", "日本語で", "関数 `add(a, b)` は"),
         ("Klingon", "Answer in Klingon", ""),
+        ("{x} {0}", "Answer in {x} {0}", ""),
     ],
 )
 def test_it_is_asked_in_the_readers_language(language: str, system: str, opening: str) -> None:

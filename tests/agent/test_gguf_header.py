@@ -1,3 +1,4 @@
+import struct
 from contextlib import suppress
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 from agent import gguf_header
 from agent.errors import ModelCorruptError, UnknownModelError
 from tests.fakes import SPECIALS
-from tests.gguf_files import gguf_bytes
+from tests.gguf_files import gguf_bytes, string
 
 
 def test_a_header_is_read(tmp_path: Path) -> None:
@@ -60,3 +61,22 @@ def test_a_newer_version_is_named(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UnknownModelError, match="No such file"):
         gguf_header.read(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        string("general.alignment") + struct.pack("<II", 4, 0),
+        string("general.alignment") + struct.pack("<I", 8) + string("x"),
+        string("qwen2.context_length") + struct.pack("<I", 8) + string("many"),
+        string("deep") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 3000,
+    ],
+)
+def test_values_that_cannot_be_are_damage(tmp_path: Path, entry: bytes) -> None:
+    path = tmp_path / "m.gguf"
+    head = (
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + string("general.architecture") + struct.pack("<I", 8) + string("qwen2")
+    )
+    path.write_bytes(head + entry + bytes(64))
+    with pytest.raises(ModelCorruptError):
+        gguf_header.read(path)
