@@ -8,6 +8,7 @@ Invariant: a model directory appears under its final name only whole and verifie
 
 import hashlib
 import json
+import os
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -168,8 +169,8 @@ def find(name: str) -> LocalModel:
 
 
 def _find_path(name: str) -> LocalModel:
-    path = Path(name).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser() raises for users that do not exist
+    if not os.path.exists(path):  # noqa: PTH110 - Path.exists() raises on a name that is too long
         known = ", ".join(entries())
         raise UnknownModelError(f"unknown model {name!r}: neither a file nor one of {known}; see: tabwise models list")
     if path.is_dir():

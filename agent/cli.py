@@ -366,6 +366,10 @@ def _one_line_errors(run: Callable[[], None]) -> Callable[[], None]:
         except TabwiseError as error:
             typer.secho(f"tabwise: {error}", fg="red", err=True)
             sys.exit(1)
+        except OSError as error:  # a disk or a directory that nobody foresaw: still one line
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            typer.secho(f"tabwise: {what}; check the disk and its permissions", fg="red", err=True)
+            sys.exit(1)
         except KeyboardInterrupt:
             sys.exit(130)
 

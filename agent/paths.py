@@ -11,7 +11,7 @@ from pathlib import Path
 
 import platformdirs
 
-from agent.errors import DaemonError
+from agent.errors import ConfigError, DaemonError
 
 SOCKET_PATH_BYTES = 100
 """Longest path of a socket: Linux takes 107 bytes, macOS 103; both with room for a suffix."""
@@ -82,8 +82,15 @@ def _default_runtime_dir() -> Path:
 
 
 def private_dir(path: Path) -> Path:
-    """Create `path` with mode 0700 where it is missing, and return it."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Create `path` with mode 0700 where it is missing, and return it.
+
+    Raises:
+        ConfigError: It cannot be created.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot create the directory {path}: {error.strerror}; set TABWISE_DATA_DIR") from None
     return path
 
 

@@ -15,6 +15,7 @@ Filter = Callable[[str, Surroundings], str]
 
 _VISIBLE_CHARS = 2
 """Fewer are not worth a flicker; one more keystroke is quicker than reading them."""
+_DISTINCT_CHARS = 2
 _ECHO_SHARE = 0.05
 """Share of characters that may differ in an echo of the next lines."""
 _OPENERS = {"(": ")", "[": "]", "{": "}"}
@@ -30,7 +31,8 @@ def drop_repeating_tail(text: str, around: Surroundings) -> str:
     for unit_chars, times in ((3, 5), (10, 3)):
         for size in range(unit_chars, len(body) // times + 1):
             unit = body[-size:]
-            if not unit.strip() or not body.endswith(unit * times):
+            # One character alone, in a number or a ruler, is a value and no loop.
+            if len(set(unit)) < _DISTINCT_CHARS or not body.endswith(unit * times):
                 continue
             start = len(body)
             while start >= size and body[start - size : start] == unit:

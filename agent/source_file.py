@@ -3,14 +3,16 @@
 Knows files and text; complains in one line about what cannot be completed or explained.
 """
 
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent.errors import InputError
 
-_PLACE = re.compile(r"^(?P<file>.+):(?P<line>\d+):(?P<column>\d+)$")
-_SPAN = re.compile(r"^(?P<file>.+?):(?P<start>\d+)(?:-(?P<end>\d+))?$")
+_PLACE = re.compile(r"^(?P<file>.+):(?P<line>\d{1,9}):(?P<column>\d{1,9})$")
+_SPAN = re.compile(r"^(?P<file>.+?):(?P<start>\d{1,9})(?:-(?P<end>\d{1,9}))?$")
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _MAX_BYTES = 16 << 20  # no source that a person edits is larger; a data file would only fill the memory
 
@@ -97,11 +99,13 @@ def read(path: Path) -> SourceFile:
         InputError: It is missing, no file, too large, or no text.
     """
     try:
-        if path.is_dir():
+        info = path.stat()
+        if stat.S_ISDIR(info.st_mode):
             raise InputError(f"{path} is a directory; give a file")
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise InputError(f"{path} has {size} bytes, at most {_MAX_BYTES} are read; give a source file")
+        if not stat.S_ISREG(info.st_mode):
+            raise InputError(f"{path} is a device or a pipe; give a file")
+        if info.st_size > _MAX_BYTES:
+            raise InputError(f"{path} has {info.st_size} bytes, at most {_MAX_BYTES} are read; give a source file")
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check the path") from None
@@ -128,6 +132,6 @@ def parse_place(text: str) -> tuple[Path, int, int]:
 def parse_span(text: str) -> tuple[Path, int | None, int | None]:
     """Take `FILE[:START[-END]]` apart; None for what is not given. A file of that very name wins."""
     found = _SPAN.match(text)
-    if not found or Path(text).exists():
+    if not found or os.path.exists(text):  # noqa: PTH110 - Path.exists() raises on a name that is too long
         return Path(text), None, None
     return Path(found["file"]), int(found["start"]), int(found["end"]) if found["end"] else None

@@ -39,16 +39,20 @@ _KEYWORD = re.compile(
 )
 _ARROW = re.compile(rf"^\s*{_MODIFIERS}(?:const|let|var)\s+([A-Za-z_$][\w$]*)\s*=\s*(?:async\s*)?(?:function\b|\()")
 _TYPED = re.compile(r"^\s*(?:[A-Za-z_][\w:<>,*&\[\]. ]*[\s*&])([A-Za-z_~]\w*)\s*\([^;]*$")
-_BEFORE_PARAMETERS = re.compile(r"\s*(?:=\s*)?(?:async\s*)?(?:function\s*\w*)?\s*(?:<[^()]*>|\[[^()]*\])?\s*")
-_NOT_NAMES = {"if", "for", "while", "switch", "return", "catch", "else", "with", "new", "match"}
+_BEFORE_PARAMETERS = re.compile(r"(?:= ?)?(?:async ?)?(?:function ?\w*)? ?(?:<[^()<>]*>|\[[^()]*\])? ?")
+_LINE_CHARS = 400  # of a line are looked at: a longer one is data, and patterns take long over it
+_NOT_NAMES = set(
+    "if for while switch return catch else with new match await raise assert throw yield delete typeof go defer not and or "
+    "in import from lambda case except elif del print".split()
+)
 _SKIPPED = {"self", "cls", "this", "&self", "&mut self", "mut self", "void"}
-_OPEN, _CLOSE = "([{<", ")]}>"
 
 
 def subject_of(code: str) -> Subject:
     """Return what `code` defines first."""
     lines = code.split("\n")
-    for number, line in enumerate(lines):
+    for number, whole in enumerate(lines):
+        line = whole[:_LINE_CHARS]
         if found := _CLASS.match(line):
             return Subject(Kind.CLASS, found[1])
         for pattern in (_KEYWORD, _ARROW, _TYPED):
@@ -123,24 +127,30 @@ def _end(lines: Sequence[str], start: int) -> int:
 
 
 def _parameters(text: str, *, names_first: bool) -> tuple[str, ...]:
-    opened = text.find("(")
-    if opened < 0 or not _BEFORE_PARAMETERS.fullmatch(text[:opened]):
+    opened = text.find("(", 0, _LINE_CHARS)
+    if opened < 0 or not _BEFORE_PARAMETERS.fullmatch(" ".join(text[:opened].split())):
         return ()
-    parts, depth, current = [], 0, ""
+    parts, depth, current, quote, before = [], 0, "", "", ""
     for character in text[opened:]:
-        if character in _OPEN:
+        if quote:
+            quote = "" if character == quote and before != "\\" else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "([{" or (character == "<" and (before.isalnum() or before == "_")):
             depth += 1
             if depth == 1:
+                before = character
                 continue
-        elif character in _CLOSE and not current.endswith(("-", "=")):
+        elif character in ")]}" or (character == ">" and before not in "-=" and "<" in current):
             depth -= 1
             if depth == 0:
                 break
-        if character == "," and depth == 1:
+        if character == "," and depth == 1 and not quote:
             parts.append(current)
             current = ""
         else:
             current += character
+        before = character
     names = (_name_of(part, names_first=names_first) for part in [*parts, current])
     return tuple(name for name in names if name)
 

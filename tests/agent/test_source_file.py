@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,13 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(InputError, match="device or a pipe"):
+            source_file.read(path)
+
+
 def test_arguments(tmp_path: Path) -> None:
     assert source_file.parse_place("a:b.py:3:4") == (Path("a:b.py"), 3, 4)
     assert source_file.parse_span("a.py") == (Path("a.py"), None, None)
@@ -58,6 +66,6 @@ def test_arguments(tmp_path: Path) -> None:
     odd = tmp_path / "a:3"
     odd.write_text("")
     assert source_file.parse_span(str(odd)) == (odd, None, None)
-    for wrong in ["a.py", "a.py:3", "a.py:x:y", ":1:1"]:
+    for wrong in ["a.py", "a.py:3", "a.py:x:y", ":1:1", "a.py:" + "1" * 5000 + ":1"]:
         with pytest.raises(InputError):
             source_file.parse_place(wrong)

@@ -14,6 +14,9 @@ from agent.subject import Kind, Subject, enclosing, subject_of
         ("pub fn push(&mut self, value: T) -> bool {", "push", ("value",)),
         ("func (s *Server) Run(port int, name string) error {", "Run", ("port", "name")),
         ("public static int sum(int a, List<String> names) {", "sum", ("a", "names")),
+        ('def join(items, sep=", ", end=")"):', "join", ("items", "sep", "end")),
+        ("def f(a=1 << 3, b=2 > 1):", "f", ("a", "b")),
+        ("fn f<T>(a: Vec<Vec<T>>, g: Fn(i32) -> i32) {", "f", ("a", "g")),
         ("int *find(const char *key, size_t n) {", "find", ("key", "n")),
     ],
 )
@@ -27,7 +30,17 @@ def test_classes(code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["x = 1\n", "if (a) {\n", "for (i = 0; i < n; i++) {", "return f(x)", "", "print(f(1))"]
+    "code",
+    [
+        "x = 1\n",
+        "if (a) {\n",
+        "for (i = 0; i < n; i++) {",
+        "return f(x)",
+        "",
+        "print(f(1))",
+        "raise ValueError(a, b)",
+        "await foo(a, b)",
+    ],
 )
 def test_code_that_defines_nothing(code: str) -> None:
     assert subject_of(code).kind is Kind.CODE
@@ -84,6 +97,11 @@ int main(void)
 def test_enclosing(lines: list[str], line: int, first: str, last: str) -> None:
     begin, after = enclosing(lines, line)
     assert (lines[begin], lines[after - 1]) == (first, last)
+
+
+def test_long_lines_take_no_time() -> None:
+    for line in ("def f" + " " * 20_000 + "x(", "a" * 20_000 + "(", "a " * 10_000 + "(", "def f(" + "a=(" * 10_000):
+        assert subject_of(line).parameters in ((), ("a",))
 
 
 def test_nothing_encloses_the_top_level() -> None:

@@ -134,3 +134,16 @@ def test_a_runtime_directory_of_somebody_else(world: World) -> None:
 def test_a_runtime_directory_with_too_long_a_name(world: World) -> None:
     world.env["TABWISE_RUNTIME_DIR"] = str(world.root / ("x" * 100))
     complains(world, "status", about="set TABWISE_RUNTIME_DIR to a shorter one")
+
+
+def test_names_that_are_too_long(world: World) -> None:
+    complains(world, "explain", "x" * 300, about="File name too long")
+    complains(world, "models", "path", "x" * 300, about="unknown model")
+    complains(world, "models", "path", "~nobody9/x", about="unknown model")
+
+
+def test_a_data_directory_that_cannot_be(world: World) -> None:
+    world.env["TABWISE_DATA_DIR"] = str(source(world) / "below")
+    complains(world, "complete", f"{source(world)}:1:1", about="cannot create the directory")
+    world.env["TABWISE_MODELS_DIR"] = str(source(world) / "below")
+    complains(world, "models", "pull", "starter", about="cannot create the directory")
