@@ -94,7 +94,7 @@ async def complete(
     multiline = context.wants_block(around) if request.multiline is None else request.multiline
     rules = stopping.rules_for(around, multiline=multiline, max_lines=settings.block_lines)
     allowed = request.max_tokens or (settings.block_tokens if multiline else settings.line_tokens)
-    budget = min(allowed, loaded.engine.context_tokens // 4)
+    budget = max(1, min(allowed, loaded.engine.context_tokens // 4))
     trace = _Trace()
     text, told, first_text_ms = "", 0, None
     stop: stopping.Stop | None = None

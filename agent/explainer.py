@@ -107,7 +107,7 @@ async def explain(
     prompt_ids = await loaded.engine.chat_ids(chat)
     room = loaded.engine.context_tokens - len(prompt_ids)
     ask = GenerationRequest(
-        prompt_ids, min(request.max_tokens or settings.max_tokens, max(1, room)), task=Task.EXPLANATION
+        prompt_ids, max(1, min(request.max_tokens or settings.max_tokens, room)), task=Task.EXPLANATION
     )
     text, reason, first_text_ms = chat.opening, StopReason.BUDGET, None
     prefill = cached = decoded = 0

@@ -7,17 +7,20 @@ the server's start. Knows no protocol.
 import asyncio
 import importlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from agent.errors import DaemonError, DaemonGoneError
+from agent.errors import DaemonError, DaemonGoneError, TabwiseError
 from agent.types import Completion, CompletionRequest, Explanation, ExplanationRequest
 
 if TYPE_CHECKING:
     from agent.client import DaemonClient
 
 T = TypeVar("T")
+
+_RETRY_S = 5.0  # between two tries to start a daemon that could not start; short enough for who has mended it
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,8 @@ class AgentLink:
         """Connect to nothing yet."""
         self._client: DaemonClient | None = None
         self._opening = asyncio.Lock()
+        self._failure: TabwiseError | None = None
+        self._failed = 0.0
 
     async def complete(self, request: CompletionRequest) -> Completion:
         """Return a completion.
@@ -50,7 +55,7 @@ class AgentLink:
 
     async def warm(self) -> AsyncGenerator[str, None]:
         """Have a daemon of our version run, with its model loaded; yields the states on the way."""
-        await (await self._open()).ensure_daemon()
+        await self._ensure_daemon(await self._open())
         async with aclosing(self._stream(lambda client: client.warm())) as parts:
             async for part in parts:
                 yield part
@@ -70,10 +75,21 @@ class AgentLink:
             return
         except DaemonGoneError as gone:
             log.info("starting the daemon: %s", gone)
-        await client.ensure_daemon()
+        await self._ensure_daemon(client)
         async with aclosing(ask(client)) as parts:
             async for part in parts:
                 yield part
+
+    async def _ensure_daemon(self, client: "DaemonClient") -> None:
+        # A daemon that cannot start would otherwise be tried with every keystroke, a process each.
+        if self._failure is not None and time.monotonic() - self._failed < _RETRY_S:
+            raise DaemonError(str(self._failure))
+        try:
+            await client.ensure_daemon()
+        except TabwiseError as error:
+            self._failure, self._failed = error, time.monotonic()
+            raise
+        self._failure = None
 
     async def _open(self) -> "DaemonClient":
         async with self._opening:

@@ -29,6 +29,8 @@ class Rpc:
         """Errors with no id."""
         self.settings: Any = None
         """What `workspace/configuration` answers."""
+        self.mute = False
+        """Whether requests of the server's are left without an answer."""
         self._waiting: dict[int | str, asyncio.Future[JSON]] = {}
         self._next = 0
         self._reader = asyncio.create_task(self._read())
@@ -141,6 +143,8 @@ class Rpc:
     def _take(self, message: JSON) -> None:
         if "method" in message and "id" in message:
             self.requests.append(message)
+            if self.mute:
+                return
             result = [self.settings] if message["method"] == "workspace/configuration" else None
             self.send({"jsonrpc": "2.0", "id": message["id"], "result": result})
         elif "method" in message:

@@ -43,13 +43,14 @@ def register(server: LanguageServer, state: State) -> None:
         types.TEXT_DOCUMENT_CODE_ACTION, types.CodeActionOptions(code_action_kinds=[types.CodeActionKind.Empty])
     )
     async def code_action(params: types.CodeActionParams) -> list[types.CodeAction]:
-        if params.text_document.uri not in state.library.documents:
-            return []
+        if params.text_document.uri not in state.library.documents or params.context.only:
+            return []  # whoever wants actions of certain kinds, on saving for instance, does not want this one
         place = {"uri": params.text_document.uri, "range": _plain_range(params.range)}
         command = types.Command("Explain", COMMAND, arguments=[place])
         tags = [types.CodeActionTag.LlmGenerated] if _knows_tags(server) else None
         return [types.CodeAction("Explain", kind=types.CodeActionKind.Empty, command=command, tags=tags)]
 
+    # For the list of commands among the capabilities; what is executed is below, where it can be cancelled.
     @server.command(COMMAND)
     async def advertised(argument: dict[str, Any]) -> str:
         return await explain(argument)

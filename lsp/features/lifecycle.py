@@ -18,6 +18,7 @@ from lsp.state import State
 log = logging.getLogger(__name__)
 
 SECTION = "tabwise"
+_CLIENT_S = 5.0  # for the client to answer a request of ours; some never do
 _LATE_IMPORTS = ("agent.client", "agent.config")
 
 
@@ -86,22 +87,28 @@ async def _warm(server: LanguageServer, state: State) -> None:
         async with aclosing(state.link.warm()) as states:
             async for now in states:
                 if now == "loading" and shows_progress:
-                    token = f"tabwise-{uuid.uuid4().hex}"
-                    await server.work_done_progress.create_async(token)
-                    server.work_done_progress.begin(
-                        token, types.WorkDoneProgressBegin(title="Tabwise: loading the model")
-                    )
+                    token = await _begin_progress(server)
     finally:
         if token is not None:
             server.work_done_progress.end(token, types.WorkDoneProgressEnd())
 
 
+async def _begin_progress(server: LanguageServer) -> str | None:
+    token = f"tabwise-{uuid.uuid4().hex}"
+    try:
+        await asyncio.wait_for(server.work_done_progress.create_async(token), _CLIENT_S)
+    except (JsonRpcException, TimeoutError):
+        return None  # a client that promised progress and does not show it: the model is loaded all the same
+    server.work_done_progress.begin(token, types.WorkDoneProgressBegin(title="Tabwise: loading the model"))
+    return token
+
+
 async def _ask_settings(server: LanguageServer, state: State) -> None:
     asked = types.ConfigurationParams(items=[types.ConfigurationItem(section=SECTION)])
     try:
-        answer = await server.workspace_configuration_async(asked)
-    except JsonRpcException as error:
-        log.warning("the client did not tell its settings: %s", error)
+        answer = await asyncio.wait_for(server.workspace_configuration_async(asked), _CLIENT_S)
+    except (JsonRpcException, TimeoutError) as error:
+        log.warning("the client did not tell its settings (%s); those of the file hold", type(error).__name__)
         return
     if answer and answer[0] is not None:
         state.settings.change(answer[0])

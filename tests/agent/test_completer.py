@@ -220,3 +220,10 @@ def replace_settings(**changes: Any) -> CompletionSettings:
 
 async def test_requests_are_values() -> None:
     assert replace(request("█"), id="a") != request("█")
+
+
+async def test_a_senseless_allowance_does_not_run_for_ever() -> None:
+    engine = FakeEngine(say=lambda _: "abc\n")
+    _, done = await run(engine, "█\n", max_tokens=-5)
+    assert done.completion.stop_reason is StopReason.BUDGET
+    assert engine.requests[0].max_tokens == 1

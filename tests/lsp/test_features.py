@@ -322,3 +322,45 @@ async def test_the_server_never_loads_torch_or_an_engine(fake_daemon: StartDaemo
     assert "python" in maps
     assert "torch" not in maps
     assert "xllamacpp" not in maps
+
+
+async def test_a_daemon_that_cannot_start_is_not_tried_with_every_keystroke(fake_world: World, server: Start) -> None:
+    fake_world.config.write_text("[engine]\nthreads = -1\n")
+    rpc = await server()
+    await rpc.initialize()
+    await rpc.until("window/showMessage")
+    rpc.open(URI, BODY)
+    log = fake_world.root / "data" / "logs" / "start.log"
+    assert await rpc.inline(URI, 1, 9) == []
+    tried = log.stat().st_mtime_ns
+    for _ in range(5):
+        assert await rpc.inline(URI, 1, 9) == []
+    assert log.stat().st_mtime_ns == tried
+    assert rpc.stderr.count(b"no completion: the daemon cannot start") >= 5
+
+
+async def test_a_client_that_never_answers_is_not_waited_for(fake_daemon: StartDaemon, server: Start) -> None:
+    fake_daemon()
+    rpc = await server()
+    rpc.mute = True
+    await rpc.initialize(workspace={"configuration": True}, window={"workDoneProgress": True})
+    rpc.open(URI, BODY)
+    assert (await rpc.inline(URI, 1, 9))[0]["insertText"] == "n a + b"
+    assert {request["method"] for request in rpc.requests} <= {
+        "workspace/configuration",
+        "window/workDoneProgress/create",
+    }
+
+
+async def test_explain_is_not_offered_to_who_wants_other_kinds(fake_world: World, server: Start) -> None:
+    rpc = await server()
+    await rpc.initialize()
+    rpc.open(URI, BODY)
+    place = {"line": 0, "character": 0}
+    asked = {"textDocument": {"uri": URI}, "range": {"start": place, "end": place}}
+    assert (
+        await rpc.request(
+            "textDocument/codeAction", asked | {"context": {"diagnostics": [], "only": ["source.fixAll"]}}
+        )
+        == []
+    )
