@@ -119,6 +119,8 @@ class LlamaCppEngine:
             "return_progress": True,
             "n_probs": max(1, request.alternatives),
         }
+        if request.adapter is not None:
+            raise EngineError(f"the adapter {request.adapter!r} is not loaded; this version serves the bare model only")
         needed = len(request.prompt_ids) + request.max_tokens
         if needed > self.context_tokens:
             raise PromptTooLongError(

@@ -46,10 +46,11 @@ def test_twenty_processes_that_start_at_once_make_one_daemon(real_world: World) 
 
 
 async def test_a_daemon_killed_in_the_middle_of_a_request(real_world: World, server: Start) -> None:
+    # A prompt so long that reading it takes seconds, on fast machines too.
+    real_world.config.write_text("[engine]\ncontext_tokens = 16384\n[completion]\nprefix_tokens = 6000\n")
     rpc = await server()
     await rpc.initialize()
-    # Long enough that the prompt alone takes seconds.
-    filler = "".join(f"value_{number} = compute({number}, 'x' * {number})\n" for number in range(200))
+    filler = "".join(f"value_{number} = compute({number}, 'x' * {number})\n" for number in range(600))
     rpc.open(URI, CODE)
     rpc.open("file:///work/long.py", filler)
     assert (await rpc.inline(URI, 4, 25))[0]["insertText"].startswith("user")
@@ -60,7 +61,7 @@ async def test_a_daemon_killed_in_the_middle_of_a_request(real_world: World, ser
         }
         version = {"uri": "file:///work/long.py", "version": round_number + 2}
         rpc.notify("textDocument/didChange", {"textDocument": version, "contentChanges": [change]})
-        _, future = rpc.begin_inline("file:///work/long.py", 150, 8)
+        _, future = rpc.begin_inline("file:///work/long.py", 550, 8)
         await asyncio.sleep(1.0)
         assert not future.done()
         (daemon,) = real_world.daemons()
