@@ -177,7 +177,7 @@ class DaemonClient:
         timeout = httpx.Timeout(_ANSWER_S, read=None)  # a cold prompt may take long; callers cancel, not the clock
         finished = False
         try:
-            async with self._http.stream("POST", path, json=body, timeout=timeout) as answer:
+            async with self._http.stream("POST", path, content=wire.body(body), timeout=timeout) as answer:
                 if answer.status_code != httpx.codes.OK:
                     await answer.aread()
                     raise wire.error_from(_fields(answer).get("error", {}))

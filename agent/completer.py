@@ -194,7 +194,7 @@ async def _healed(loaded: LoadedModel, healed: healing.Healed, budget: int, trac
             return
         trace.decoded(Decoded(way.text, (way.id,), (way.logp,)))
         said += way.text
-        trace.healed = len(said) >= len(wanted)
+        trace.healed = len(said) > len(wanted)
         if visible := said[len(wanted) :]:
             yield visible
 

@@ -132,15 +132,15 @@ def wants_block(around: Surroundings) -> bool:
     definition would run on without end.
     """
     line = around.cursor_line
-    if around.rest.strip() and not around.closers:
+    if around.rest.strip():
         return False
     if line.strip():
-        return line.rstrip().endswith((":", "{")) and not around.closers
+        return line.rstrip().endswith((":", "{"))
     above = _last_filled(around.head)
     if above.rstrip().endswith((":", "{", "=>")):
         return True
     below = next((text for text in around.suffix.split("\n") if text.strip()), "")
-    return indent_of(line) > 0 and indent_of(line) > indent_of(below) and not around.closers
+    return indent_of(line) > 0 and indent_of(line) > indent_of(below)
 
 
 def indent_of(line: str) -> int:

@@ -18,8 +18,9 @@ from pydantic import TypeAdapter
 
 from agent import postprocess
 from agent.config import ExplainSettings
-from agent.context import normal_newlines, surroundings
+from agent.context import is_secret, normal_newlines, surroundings
 from agent.engines.base import Decoded, Finished, GenerationRequest, Prefilled, Task
+from agent.errors import InputError
 from agent.loaded import LoadedModel
 from agent.subject import Kind, Subject, subject_of
 from agent.types import Chat, Explanation, ExplanationRequest, Message, StopReason, Timing
@@ -102,6 +103,8 @@ async def explain(
         EngineError: The engine broke or refused.
     """
     started = time.perf_counter()
+    if is_secret(request.path):
+        raise InputError(f"{request.path} holds secrets by its name and is shown to no model; choose another file")
     code = await _fitting(loaded, normal_newlines(request.code), settings.code_tokens)
     chat = chat_for(request, code)
     prompt_ids = await loaded.engine.chat_ids(chat)

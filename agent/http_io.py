@@ -5,7 +5,7 @@ Knows connections and errors, not what is asked or answered.
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from http import HTTPStatus
 
 from starlette.requests import Request
@@ -17,6 +17,7 @@ from agent.errors import ModelError, PromptTooLongError, RequestError, TabwiseEr
 from agent.racing import until
 
 _BODY_BYTES = 4 << 20  # windows of documents are 30 KB; anything near this is a mistake or an attack
+_SEND_S = 10.0  # for a client to take what was sent to it; then it is taken to be gone
 _STATUS: dict[type[TabwiseError], int] = {ModelError: 503, RequestError: 400, PromptTooLongError: 400}
 
 
@@ -76,11 +77,13 @@ class Streamed(Response):
         """Answer as an ASGI application; the request's body must have been read."""
         del scope
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        with self._open_requests:
+        with self._open_requests, suppress(TimeoutError):
             async with aclosing(until_gone(receive, self._parts)) as parts:
                 await send(start)
                 async for part in parts:
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                    # A client that does not read must not hold the engine's turn.
+                    sent = send({"type": "http.response.body", "body": part, "more_body": True})
+                    await asyncio.wait_for(sent, _SEND_S)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

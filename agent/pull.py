@@ -36,7 +36,9 @@ _TRIES = 4  # connections in a row that may break without bringing a byte
 _CHUNK_BYTES = 1 << 20
 _WHEELS = "wheels"
 _SPARE_BYTES = 64 << 20  # left free on the disk for everything else
-_FOLDER_FILES = re.compile(r"[^/]+\.(safetensors|json|txt|model)$")  # what transformers loads; never pickles
+_FOLDER_FILES = re.compile(
+    r"(?!manifest\.json|mirror\.txt)\w[\w.-]*\.(safetensors|json|txt|model)"
+)  # what transformers loads; never pickles
 
 
 class Progress(Protocol):
@@ -226,15 +228,22 @@ def _from_hub(url: str, target: Path, total: int, report: Progress) -> None:
     broken = 0
     while _size(target) < total:
         before = _size(target)
+        reason = "too short an answer"
         try:
             _fetch(url, target, before, report)
+        except httpx.HTTPStatusError as error:
+            status = error.response.status_code
+            raise PullError(
+                f"{_hub()} answers {status} for {target.name}; {_REFUSED.get(status, 'try again later')}"
+            ) from None
         except httpx.HTTPError as error:
-            broken = 0 if _size(target) > before else broken + 1
-            if broken >= _TRIES:
-                raise PullError(
-                    f"the download of {target.name} broke at {_size(target)} of {total} bytes "
-                    f"({type(error).__name__}); run the same command again to go on from there"
-                ) from None
+            reason = type(error).__name__
+        broken = 0 if _size(target) > before else broken + 1
+        if broken >= _TRIES:
+            raise PullError(
+                f"the download of {target.name} broke at {_size(target)} of {total} bytes ({reason}); "
+                "run the same command again to go on from there"
+            )
 
 
 def _fetch(url: str, target: Path, done: int, report: Progress) -> None:

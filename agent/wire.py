@@ -5,6 +5,7 @@ the answer, or `{"error": …}`.
 """
 
 import json
+import re
 from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
@@ -14,13 +15,21 @@ from agent.errors import RequestError, TabwiseError, from_wire
 
 T = TypeVar("T")
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
 API = 1
 """Version of the daemon's own routes; a client of another one replaces the daemon."""
 
 
 def line(**fields: Any) -> bytes:
     """Return one line of a stream."""
-    return json.dumps(fields, default=_plain, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    # ASCII: readers of lines take U+2028 and its like for the end of one.
+    return json.dumps(fields, default=_plain, separators=(",", ":")).encode() + b"\n"
+
+
+def body(fields: dict[str, Any]) -> bytes:
+    """Return a request's body; halves of surrogate pairs, which are no text, become U+FFFD."""
+    return _SURROGATES.sub("\ufffd", json.dumps(fields, ensure_ascii=False)).encode()
 
 
 def error_fields(error: TabwiseError) -> dict[str, str]:

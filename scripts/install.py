@@ -58,7 +58,8 @@ def install(environment: Path, extras: list[str], torch: str, *, cuda: bool) -> 
     before = {} if made else _installed(mark)
     already = before.get("extras", [])
     extras = sorted({*extras, *(already if isinstance(already, list) else [])})
-    state = {"extras": extras, "hash": _hash(torch)}
+    torch = torch or str(before.get("torch", ""))  # chosen once, kept
+    state = {"extras": extras, "torch": torch, "hash": _hash(torch)}
     if state == before:
         return
     python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -106,7 +107,7 @@ def _installed(mark: Path) -> dict[str, object]:
 
 
 def _hash(torch: str) -> str:
-    digest = hashlib.sha256(torch.encode())
+    digest = hashlib.sha256(f"{torch}|{ROOT}".encode())
     for name in ("pyproject.toml", "constraints.txt"):
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()

@@ -132,6 +132,8 @@ def scripted(prompt: str) -> str:
     """Answer by what stands in the prompt, so that tests of whole processes can choose."""
     if "SLOW" in prompt:
         return "x" * 400
+    if "ODD" in prompt:
+        return " is odd\u2028and\x85 so on.\n"
     if "EXPLAIN" in prompt:
         return " adds two numbers.\n\n- `a`: the first\n"
     if "def mul(" in prompt:

@@ -133,13 +133,13 @@ class LlamaCppEngine:
                 if answer.status_code != httpx.codes.OK:
                     await answer.aread()
                     raise EngineError(f"llama.cpp refused the request: {_reason(answer)}")
-                async for line in answer.aiter_lines():
-                    if not line.startswith("data: "):
+                async for line in _lines(answer):
+                    if not line.startswith(b"data: "):
                         continue
-                    data = json.loads(line.removeprefix("data: "))
+                    data = json.loads(line.removeprefix(b"data: "))
                     event = await self._event(data, seen)
                     if isinstance(event, Decoded):
-                        seen += len(event.ids)
+                        seen = int(data["tokens_predicted"])
                     if event is not None:
                         yield event
         except httpx.HTTPError as error:
@@ -199,6 +199,15 @@ class LlamaCppEngine:
             raise EngineError(f"llama.cpp refused {path}: {_reason(answer)}")
         result: dict[str, Any] = answer.json()
         return result
+
+
+async def _lines(answer: httpx.Response) -> AsyncGenerator[bytes, None]:
+    # Not aiter_lines(), which takes U+2028 and U+0085 in a model's text for ends of lines.
+    rest = b""
+    async for chunk in answer.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
 
 
 def devices() -> list[tuple[str, str]]:

@@ -47,8 +47,8 @@ def register_list(server: LanguageServer, state: State) -> None:
 
     @server.feature(types.TEXT_DOCUMENT_COMPLETION)
     async def completion(params: types.CompletionParams) -> types.CompletionList | None:
-        invoked = params.context is None or params.context.trigger_kind == types.CompletionTriggerKind.Invoked
-        answer = await _latest(state, params, Trigger.MANUAL if invoked else Trigger.AUTOMATIC, None)
+        # "Invoked" covers typing a word as well, in lists: what is asked for by key cannot be told apart.
+        answer = await _latest(state, params, Trigger.AUTOMATIC, None)
         if answer is None:
             return None
         first = answer.text.strip().split("\n")[0]
@@ -60,6 +60,7 @@ def register_list(server: LanguageServer, state: State) -> None:
             # The client filters by what stands before the cursor, and the completion begins only behind it.
             filter_text=answer.document.text[answer.start : answer.end] + answer.text,
             insert_text_format=types.InsertTextFormat.PlainText,
+            insert_text_mode=types.InsertTextMode.AsIs,  # the text has its indentation already
         )
         return types.CompletionList(is_incomplete=True, items=[item])
 
@@ -109,8 +110,8 @@ async def _answer(
         return None
     if not completion.text:
         return None
-    text = chosen + completion.text
-    return _Answer(document, completion, start, end + completion.replaced_chars, text.replace("\n", _newline(document)))
+    text = chosen + completion.text.replace("\n", _newline(document))
+    return _Answer(document, completion, start, end + completion.replaced_chars, text)
 
 
 def _newline(document: Document) -> str:

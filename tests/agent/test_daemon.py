@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from agent.client import DaemonClient
-from agent.errors import DaemonError, DaemonGoneError, RequestError
+from agent.errors import DaemonError, DaemonGoneError, InputError, RequestError
 from agent.types import Completion, CompletionRequest, Document, Explanation, ExplanationRequest
 from tests.conftest import StartDaemon, World
 
@@ -310,3 +310,14 @@ def test_another_user_cannot_come_near(fake_daemon: StartDaemon, fake_world: Wor
         ["python3", "-c", script, str(fake_world.runtime)], capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["refused", "refused"], done.stderr
+
+
+async def test_odd_characters_travel_whole(fake_daemon: StartDaemon) -> None:
+    fake_daemon()
+    async with DaemonClient() as client:
+        completion = await complete(client, request("# \ud83d \u2028 \x85\ndef add(a, b):\n    retur"))
+        assert completion.text == "n a + b"
+        parts = await drain(client.explain(ExplanationRequest("e", "a.py", "python", "x = 'ODD'")))
+        assert "\u2028and\x85" in parts[-1].markdown
+        with pytest.raises(InputError, match="holds secrets"):
+            await drain(client.explain(ExplanationRequest("e", "prod/.env", "plaintext", "KEY=1")))
