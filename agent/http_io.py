@@ -4,8 +4,9 @@ Knows connections and errors, not what is asked or answered.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from http import HTTPStatus
 
 from starlette.requests import Request
@@ -15,6 +16,8 @@ from starlette.types import Receive, Scope, Send
 from agent import wire
 from agent.errors import ModelError, PromptTooLongError, RequestError, TabwiseError
 from agent.racing import until
+
+log = logging.getLogger(__name__)
 
 _BODY_BYTES = 4 << 20  # windows of documents are 30 KB; anything near this is a mistake or an attack
 _SEND_S = 10.0  # for a client to take what was sent to it; then it is taken to be gone
@@ -77,13 +80,17 @@ class Streamed(Response):
         """Answer as an ASGI application; the request's body must have been read."""
         del scope
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        with self._open_requests, suppress(TimeoutError):
+        with self._open_requests:
             async with aclosing(until_gone(receive, self._parts)) as parts:
                 await send(start)
                 async for part in parts:
                     # A client that does not read must not hold the engine's turn.
                     sent = send({"type": "http.response.body", "body": part, "more_body": True})
-                    await asyncio.wait_for(sent, _SEND_S)
+                    try:
+                        await asyncio.wait_for(sent, _SEND_S)
+                    except TimeoutError:
+                        log.warning("a client took nothing for %.0f s; its request was given up", _SEND_S)
+                        return
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -32,7 +32,7 @@ def drop_repeating_tail(text: str, around: Surroundings) -> str:
         for size in range(unit_chars, len(body) // times + 1):
             unit = body[-size:]
             # One character alone, in a number or a ruler, is a value and no loop.
-            if len(set(unit)) < _DISTINCT_CHARS or not body.endswith(unit * times):
+            if not body.endswith(unit * times) or len(set(unit)) < _DISTINCT_CHARS:
                 continue
             start = len(body)
             while start >= size and body[start - size : start] == unit:
@@ -122,9 +122,14 @@ def replaced_chars(text: str, around: Surroundings) -> int:
         return 0
     line = text.partition("\n")[0]
     blank = len(around.closers) - len(wanted)
-    if wanted[:3] in _TRIPLE_QUOTES:
-        return blank + 3 if wanted[:3] in text else 0
     covered = 0
+    if wanted[:3] in _TRIPLE_QUOTES:
+        # The closing three are looked for in the whole text; what stands behind them is closed in its own right.
+        said, closed, line = text.rpartition(wanted[:3])
+        if not closed or wanted[:3] in said:
+            return 0
+        rest = wanted[3:].strip()
+        return len(around.closers) if rest and line.strip() == rest else blank + 3
     for character in _closers_of(around.cursor_line, line, wanted):
         if covered < len(wanted) and character == wanted[covered]:
             covered += 1
