@@ -46,8 +46,9 @@ format: dev ## format the sources
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: model ## measure: start, keystroke, cancel, explanation
+bench: model ## measure: start, cancel, engine, explanation
 	@$(BIN)/tabwise bench start
+	@$(BIN)/tabwise bench cancel
 	@$(BIN)/tabwise bench engine
 	@$(BIN)/tabwise bench explain
 

@@ -6,6 +6,7 @@ non-zero exit. Knows no model: what a model must answer is asked of the daemon.
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import uuid
@@ -95,10 +96,10 @@ def complete(
         start = prefix.find("\n", start) + 1 or start
     request = CompletionRequest(
         id=uuid.uuid4().hex,
-        document=Document(source.path.absolute().as_uri(), 0, str(path), source.language),
+        document=Document(source.path.absolute().as_uri(), 0, _shown(path), source.language),
         prefix=prefix[start:],
         suffix=suffix[:_WINDOW_CHARS],
-        snippets=tuple(Snippet(str(file), source_file.read(file).text) for file in context or ()),
+        snippets=tuple(Snippet(_shown(file), source_file.read(file).text) for file in context or ()),
         trigger=Trigger.MANUAL,
     )
 
@@ -122,6 +123,11 @@ def complete(
         typer.echo(completion.text)
 
 
+def _shown(path: Path) -> str:
+    # A name that is no UTF-8 cannot travel as it is.
+    return os.fsencode(path).decode("utf-8", errors="replace")
+
+
 def _timing(timing: Any) -> dict[str, Any]:
     names = ("total_ms", "first_text_ms", "prefill_tokens", "cached_tokens", "decoded_tokens")
     return {name: getattr(timing, name) for name in names}
@@ -141,7 +147,7 @@ def explain(
         raise InputError(f"{span} holds no code; choose other lines")
     settings = config.load()
     request = ExplanationRequest(
-        uuid.uuid4().hex, str(path), source.language, code, language or settings.explain.language
+        uuid.uuid4().hex, _shown(path), source.language, code, language or settings.explain.language
     )
     streaming = not as_json and not out.is_terminal
 
@@ -175,7 +181,7 @@ def serve() -> None:
     from agent import serve as daemon
     from agent.client import ALREADY_RUNNING  # uvicorn and starlette, which no other command needs
 
-    err.print(f"[dim]the daemon runs; its log is {paths.log_dir() / 'daemon.log'}[/dim]")
+    typer.echo(f"the daemon runs; its log is {paths.log_dir() / 'daemon.log'}", err=True)
     if daemon.main() == ALREADY_RUNNING:
         raise DaemonError("a daemon runs already; see: tabwise status")
 

@@ -13,13 +13,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import httpx
-from filelock import AsyncFileLock, Timeout
+from filelock import AsyncFileLock, FileLock, Timeout
 
 from agent import paths, wire
 from agent.errors import DaemonBusyError, DaemonError, DaemonGoneError, TabwiseError
@@ -30,6 +30,7 @@ ALREADY_RUNNING = 3
 """Exit status of a daemon that found another one at work."""
 _START_S = 20.0  # a daemon that does not answer by then has failed; it takes 0.6 s here, ten times that on a cold disk
 _POLL_S = 0.02
+_RESPAWN_S = 0.5  # between two tries while a daemon that is about to end still holds the lock
 _ANSWER_S = 30.0  # for the short routes: while llama.cpp loads a large model from a slow disk, nothing else answers
 _REPLACE_S = 5.0  # for a daemon of another version to end, once it agreed to
 
@@ -41,6 +42,8 @@ class DaemonClient:
 
     def __init__(self) -> None:
         """Connect to nothing yet."""
+        self.on_loading: Callable[[], None] | None = None
+        """Called when an answer has to wait for the model to be loaded."""
         self._runtime = paths.runtime_dir()
         self._http = _http_client(self._runtime)
 
@@ -95,7 +98,7 @@ class DaemonClient:
             async for fields in stream:
                 if "completion" in fields:
                     yield wire.structure(Completion, fields["completion"])
-                else:
+                elif not self._waits(fields):
                     yield str(fields["text"])
 
     async def explain(self, request: ExplanationRequest) -> AsyncGenerator[str | Explanation, None]:
@@ -104,8 +107,13 @@ class DaemonClient:
             async for fields in stream:
                 if "explanation" in fields:
                     yield wire.structure(Explanation, fields["explanation"])
-                else:
+                elif not self._waits(fields):
                     yield str(fields["text"])
+
+    def _waits(self, fields: dict[str, Any]) -> bool:
+        if "state" in fields and self.on_loading:
+            self.on_loading()
+        return "state" in fields
 
     async def warm(self) -> AsyncGenerator[str, None]:
         """Have the model loaded; yields "loading" where that takes time, and "ready"."""
@@ -133,10 +141,18 @@ class DaemonClient:
         """Wait until no daemon answers any more; False where one still does after `seconds`."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            if await self._health_anew() is None:
+            # Its socket goes first; it has ended when its lock is free, which may take as long as loading a model.
+            if await self._health_anew() is None and self._lock_is_free():
                 return True
             await asyncio.sleep(_POLL_S)
         return False
+
+    def _lock_is_free(self) -> bool:
+        try:
+            with FileLock(self._runtime / "daemon.lock", timeout=0, mode=0o600):
+                return True
+        except Timeout:
+            return False
 
     async def _health_anew(self) -> dict[str, Any] | None:
         # On Windows the port changes with each daemon; elsewhere this is the same socket file.
@@ -165,6 +181,7 @@ class DaemonClient:
             status = process.poll()
             if status == ALREADY_RUNNING:
                 # Another one holds the lock: it was started by hand just now and will answer, or is about to end.
+                await asyncio.sleep(_RESPAWN_S)
                 process = _spawn(folder, errors)
             elif status is not None:
                 said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -185,7 +202,7 @@ class DaemonClient:
                     fields = json.loads(line)
                     if "error" in fields:
                         raise wire.error_from(fields["error"])
-                    finished = "text" not in fields
+                    finished = "text" not in fields and fields.get("state") != "loading"
                     yield fields
         except httpx.HTTPError as error:
             raise _unreachable(error) from None

@@ -111,7 +111,7 @@ async def complete(
             if stop:
                 break
     text, reason = _ending(text, stop, rules, ended=trace.ended)
-    kept, dropped_by = postprocess.clean(text, around)
+    kept, dropped_by = postprocess.clean(text, around, cut_short=reason is StopReason.BUDGET)
     timing = Timing(_ms(started), first_text_ms, trace.prefill_tokens, trace.cached_tokens or 0, trace.decoded_tokens)
     replaced = postprocess.replaced_chars(kept, around)
     completion = Completion(request.id, kept, Source.ENGINE, reason, timing, replaced, dropped_by)

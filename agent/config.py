@@ -9,10 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from agent import paths
 from agent.errors import ConfigError
+
+_EDITOR: dict[str, JsonValue] = {"editor": True}
+"""Marks a setting that each editor may have for itself; all others are the daemon's, which serves every editor."""
 
 
 class _Section(BaseModel):
@@ -56,10 +59,13 @@ class EngineSettings(_Section):
 class CompletionSettings(_Section):
     """What a completion may see and how long it may be."""
 
-    automatic: bool = Field(True, description="Answer while you type. Off: only when you ask by key or command.")
+    automatic: bool = Field(
+        True, json_schema_extra=_EDITOR, description="Answer while you type. Off: only when you ask by key or command."
+    )
     languages_off: tuple[str, ...] = Field(
         (),
         strict=False,
+        json_schema_extra=_EDITOR,
         description='Language identifiers in which nothing is completed while you type, `["markdown"]` for instance.',
     )
     prefix_tokens: int = Field(384, ge=16, le=65_536, description="Most tokens of text before the cursor in a prompt.")
@@ -76,9 +82,15 @@ class ExplainSettings(_Section):
     """How code is explained."""
 
     language: str = Field(
-        "English", min_length=1, max_length=64, description='Language of the answer: "German", "fr", "日本語", …'
+        "English",
+        min_length=1,
+        max_length=64,
+        json_schema_extra=_EDITOR,
+        description='Language of the answer: "German", "fr", "日本語", …',
     )
-    max_tokens: int = Field(320, ge=16, le=8192, description="Most tokens of an explanation.")
+    max_tokens: int = Field(
+        320, ge=16, le=8192, json_schema_extra=_EDITOR, description="Most tokens of an explanation."
+    )
     code_tokens: int = Field(
         1500, ge=64, le=65_536, description="Most tokens of code that are read; of longer code the end is left out."
     )
@@ -134,6 +146,8 @@ def load(path: Path | None = None) -> Settings:
         ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"the settings {file} are not UTF-8 text; save the file as UTF-8") from None
+    except RecursionError:
+        raise ConfigError(f"the settings {file} are nested too deeply; see docs/settings.md for the form") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the settings {file} are not TOML: {error}; see docs/settings.md for the form") from None
     try:
@@ -145,6 +159,8 @@ def load(path: Path | None = None) -> Settings:
 def overlay(base: Settings, changes: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     """Lay an editor's settings over the file's: what is wrong is reported and left out, what is good is kept.
 
+    A setting of the daemon's, which serves every editor, is reported, too: it would have no effect from here.
+
     Args:
         base: Settings to start from.
         changes: Nested sections and keys as in the file; any of them may be missing.
@@ -152,8 +168,8 @@ def overlay(base: Settings, changes: Mapping[str, Any]) -> tuple[Settings, list[
     Returns:
         The new settings, and one line for each problem.
     """
-    merged = _merge(base.model_dump(), changes)
     found: list[str] = []
+    merged = _merge(base.model_dump(), _of_an_editor(changes, found))
     while True:
         try:
             return Settings.model_validate(merged), found
@@ -162,6 +178,25 @@ def overlay(base: Settings, changes: Mapping[str, Any]) -> tuple[Settings, list[
             places = [detail["loc"] for detail in error.errors()]
             for place in places:
                 _restore(merged, base.model_dump(), place)
+
+
+def is_for_editors(section: str, key: str) -> bool:
+    """Tell whether an editor may set `section.key` for itself."""
+    kind = type(Settings.model_fields[section].default)
+    return bool(kind.model_fields[key].json_schema_extra == _EDITOR)
+
+
+def _of_an_editor(changes: Mapping[str, Any], found: list[str]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for section, values in changes.items():
+        kept[section] = values
+        if section not in Settings.model_fields or not isinstance(values, Mapping):
+            continue  # wrong in a way that the validation tells
+        known = type(Settings.model_fields[section].default).model_fields
+        daemons = [key for key in values if key in known and not is_for_editors(section, key)]
+        kept[section] = {key: value for key, value in values.items() if key not in daemons}
+        found += [f"{section}.{key}: holds for every editor, set it in {paths.config_file()}" for key in daemons]
+    return kept
 
 
 def problems(error: ValidationError) -> list[str]:

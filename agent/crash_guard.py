@@ -99,7 +99,7 @@ class CrashGuard:
         try:
             record = json.loads(self._record.read_text(encoding="utf-8"))
             return {str(model): [float(when) for when in times] for model, times in record.items()}
-        except FileNotFoundError:
+        except OSError:
             return {}
         except (ValueError, AttributeError, TypeError):
             self._record.unlink(
@@ -115,7 +115,7 @@ def forgive(state_dir: Path, model: str) -> bool:
         crashes = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if crashes.pop(model, None) is None:
+    if not isinstance(crashes, dict) or crashes.pop(model, None) is None:
         return False
     paths.write_private(record, json.dumps(crashes))
     return True

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from agent import completer, explainer, http_io, openai_api, wire
 from agent.completer import Completed
 from agent.config import Settings
-from agent.engine_host import EngineHost
+from agent.engine_host import EngineHost, HostState
 from agent.errors import RequestError, TabwiseError
 from agent.http_io import OpenRequests
 from agent.types import CompletionRequest, Explanation, ExplanationRequest, Generation
@@ -151,6 +151,8 @@ async def _complete(daemon: Daemon, request: Request) -> Response:
     daemon.last_activity = max(daemon.last_activity, time.time() - asked.activity_ms / 1000)
 
     async def parts() -> AsyncGenerator[bytes, None]:
+        if daemon.host.loaded is None:
+            yield wire.line(state=HostState.LOADING.value)
         async with (
             daemon.host.use() as loaded,
             aclosing(completer.complete(loaded, asked, daemon.settings.completion)) as stream,
@@ -182,6 +184,8 @@ async def _explain(daemon: Daemon, request: Request) -> Response:
     asked = wire.structure(ExplanationRequest, await http_io.body_of(request))
 
     async def parts() -> AsyncGenerator[bytes, None]:
+        if daemon.host.loaded is None:
+            yield wire.line(state=HostState.LOADING.value)
         async with (
             daemon.host.use() as loaded,
             aclosing(explainer.explain(loaded, asked, daemon.settings.explain)) as stream,

@@ -4,7 +4,6 @@ Looks and reports; changes nothing. A finding that keeps Tabwise from working sa
 """
 
 import importlib.metadata
-import importlib.util
 import platform
 import shutil
 from collections.abc import Iterator
@@ -50,12 +49,13 @@ def _examine() -> Iterator[Finding]:
     )
     yield _device()
     for name in _BASE:
-        yield _package(name, needed=True)
-    missing = [name for name in _TRAINING if importlib.util.find_spec(name) is None]
+        yield _package(name)
+    found = {name: _version(name) for name in _TRAINING}
+    missing = [name for name, version in found.items() if version is None]
     if missing:
         yield Finding("training", None, f"not installed: {', '.join(missing)}", "make train-deps")
     else:
-        yield Finding("training", True, ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _TRAINING))
+        yield Finding("training", True, ", ".join(f"{name} {version}" for name, version in found.items()))
     settings = None
     try:
         settings = config.load()
@@ -85,11 +85,16 @@ def _device() -> Finding:
     return Finding("device", None, ", ".join(f"{name} ({kind})" for kind, name in found))
 
 
-def _package(name: str, *, needed: bool) -> Finding:
+def _package(name: str) -> Finding:
+    version = _version(name)
+    return Finding(name, version is not None, version or "not installed", "" if version else "make install")
+
+
+def _version(name: str) -> str | None:
     try:
-        return Finding(name, True, importlib.metadata.version(name))
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, not needed and None, "not installed", "make install")
+        return None
 
 
 def _model(settings: config.Settings) -> Iterator[Finding]:

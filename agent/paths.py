@@ -19,7 +19,7 @@ SOCKET_PATH_BYTES = 100
 
 def _override(variable: str) -> Path | None:
     value = os.environ.get(variable)
-    return Path(value).expanduser().absolute() if value else None
+    return Path(os.path.expanduser(value)).absolute() if value else None  # noqa: PTH111 - never raises
 
 
 def config_file() -> Path:

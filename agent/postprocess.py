@@ -99,13 +99,21 @@ FILTERS: tuple[Filter, ...] = (drop_repeating_tail, drop_echo, cut_overlap, trim
 """In the order in which they run."""
 
 
-def clean(text: str, around: Surroundings) -> tuple[str, str | None]:
+def clean(text: str, around: Surroundings, *, cut_short: bool = False) -> tuple[str, str | None]:
     """Run all filters.
+
+    Args:
+        text: The whole text.
+        around: What stands around it.
+        cut_short: Whether the allowance of tokens ended it. A loop never ends by itself; a text that did has its
+            repetitions on purpose (`0, 0, 0, 0, 0`).
 
     Returns:
         The text that is left, and the name of the filter that emptied it, if one did.
     """
     for run in FILTERS:
+        if run is drop_repeating_tail and not cut_short:
+            continue
         if text and not (text := run(text, around)):
             return "", run.__name__
     return text, None

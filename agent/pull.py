@@ -162,12 +162,19 @@ def _ask_hub(entry: catalog.Entry) -> tuple[_Wanted, ...] | None:
     if listing is None:
         return None
     if isinstance(listing, int):
+        if entry.mirror is not None:
+            return None  # a filter or a limit on the way to the hub; the mirror has the same bytes
         raise PullError(f"{_hub()} answers {listing} for {entry.repo}; {_REFUSED.get(listing, 'try again later')}")
-    found = tuple(
-        _Wanted(item["path"], int(item["size"]), str((item.get("lfs") or {}).get("oid", "")))
-        for item in listing
-        if item.get("type") == "file" and _is_wanted(entry, item["path"])
-    )
+    try:
+        found = tuple(
+            _Wanted(item["path"], int(item["size"]), str((item.get("lfs") or {}).get("oid", "")))
+            for item in listing
+            if item.get("type") == "file" and _is_wanted(entry, item["path"])
+        )
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise PullError(
+            f"{_hub()} lists the files of {entry.repo} in a form that is not known; update Tabwise"
+        ) from None
     if not found:
         raise PullError(f"{entry.repo} on {_hub()} has no file {entry.file or '*.safetensors'}; update Tabwise")
     for file in found:

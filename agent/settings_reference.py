@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from agent.config import Settings
+from agent.config import Settings, is_for_editors
 
 _HEAD = """\
 # Settings
 
 One TOML file; `tabwise doctor` prints where it lies. Every key may be left out. Editors pass the same sections and keys
-under `tabwise`. This page is generated from the code (`make docs`).
+under `tabwise`, those that are marked "own"; the others are the daemon's, which serves every editor, and hold from its
+next start. This page is generated from the code (`make docs`).
 """
 
 
@@ -33,12 +34,13 @@ def _lines() -> Iterator[str]:
     yield _HEAD
     for name, section in Settings.model_fields.items():
         kind: type[BaseModel] = type(section.default)
-        yield f"## [{name}]\n\n{kind.__doc__}\n\n| key | default | takes | what it is |\n| --- | --- | --- | --- |"
+        yield f"## [{name}]\n\n{kind.__doc__}\n\n| key | default | takes | editors | what it is |\n| --- | --- | --- | --- | --- |"
         schema = kind.model_json_schema()["properties"]
         for key, field in kind.model_fields.items():
+            own = "own" if is_for_editors(name, key) else ""
             example = f"{key} = {_toml(field.default)}"
             tomllib.loads(example)  # the default must be valid TOML, since readers copy it
-            yield f"| `{key}` | `{_toml(field.default)}` | {_takes(schema[key])} | {field.description} |"
+            yield f"| `{key}` | `{_toml(field.default)}` | {_takes(schema[key])} | {own} | {field.description} |"
         yield ""
 
 

@@ -30,6 +30,8 @@ class AgentLink:
 
     def __init__(self) -> None:
         """Connect to nothing yet."""
+        self.on_loading: Callable[[], None] | None = None
+        """Called when an answer has to wait for the model to be loaded."""
         self._client: DaemonClient | None = None
         self._opening = asyncio.Lock()
         self._failure: TabwiseError | None = None
@@ -96,4 +98,5 @@ class AgentLink:
             if self._client is None:
                 module: Any = await asyncio.to_thread(importlib.import_module, "agent.client")
                 self._client = module.DaemonClient()
+                self._client.on_loading = self.on_loading
             return self._client

@@ -34,6 +34,8 @@ class TabwiseServer(LanguageServer):
         if is_unreadable(error):
             self.protocol.report_unreadable()
             return
+        # pygls hands over an error of its own, in the middle of handling the one that it stands for.
+        error = next((one for one in (sys.exc_info()[1],) if isinstance(one, Exception)), error)
         places = traceback.extract_tb(error.__traceback__)[-4:]
         trail = " < ".join(f"{Path(place.filename).name}:{place.lineno}" for place in reversed(places))
         log.error("%s at %s", type(error).__name__, trail or "an unknown place")

@@ -20,18 +20,26 @@ class EditorSettings:
 
     def __init__(self) -> None:
         """Hold nothing until the first `current`."""
+        self._options: Mapping[str, Any] = {}
         self._changes: Mapping[str, Any] = {}
         self._settings: Settings | None = None
         self._problems: list[str] = []
 
+    def start(self, options: object) -> None:
+        """Take the options over with which the editor started us; what it configures later is laid over them."""
+        self._options = self._checked(options)
+
     def change(self, changes: object) -> None:
-        """Take the editor's settings over; they are read at the next `current`."""
-        if isinstance(changes, Mapping):
-            self._changes, self._problems = changes, []
-        else:
-            self._changes = {}
-            self._problems = [] if changes is None else [f"tabwise: settings are an object, got {changes!r:.80}"]
-        self._settings = None
+        """Take over what the editor is configured with now, in place of what it was; None for nothing."""
+        self._changes = self._checked(changes)
+
+    def _checked(self, given: object) -> Mapping[str, Any]:
+        self._settings, self._problems = None, []
+        if isinstance(given, Mapping):
+            return given
+        if given is not None:
+            self._problems.append(f"tabwise: settings are an object, got {given!r:.80}")
+        return {}
 
     async def current(self) -> "Settings":
         """Return the settings that hold now."""
@@ -42,8 +50,9 @@ class EditorSettings:
             except ConfigError as error:
                 base = config.Settings()
                 self._problems.append(str(error))
-            self._settings, problems = config.overlay(base, self._changes)
-            self._problems += problems
+            started, wrong = config.overlay(base, self._options)
+            self._settings, problems = config.overlay(started, self._changes)
+            self._problems += wrong + problems
         return self._settings
 
     def take_problems(self) -> list[str]:

@@ -72,6 +72,7 @@ def register(server: LanguageServer, state: State) -> None:
             language=asked.document.language,
             code=asked.code,
             answer_language=asked.language or settings.explain.language,
+            max_tokens=settings.explain.max_tokens,
         )
 
         def tell(text: str) -> None:

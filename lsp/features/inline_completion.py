@@ -88,6 +88,8 @@ async def _answer(
         return None
     start = end = place
     chosen = ""
+    if selected is not None and selected.range.start.line != selected.range.end.line:
+        return None  # an item's range lies on one line
     if selected is not None:
         # The editor's own list has an entry selected: our text goes on from there.
         start = document.offset(selected.range.start.line, selected.range.start.character)

@@ -32,7 +32,8 @@ def register(server: LanguageServer, state: State) -> None:
             uri for uri in (params.root_uri,) if uri
         ]
         options = params.initialization_options
-        state.settings.change(options.get(SECTION, options) if isinstance(options, dict) else options)
+        state.link.on_loading = lambda: state.spawn(_show_loading(server, state))
+        state.settings.start(options.get(SECTION, options) if isinstance(options, dict) else options)
         text_document = params.capabilities.text_document
         if text_document is None or text_document.inline_completion is None:
             inline_completion.register_list(server, state)
@@ -78,15 +79,28 @@ async def _start(server: LanguageServer, state: State) -> None:
         _show(server, f"Tabwise: {error}")
 
 
-async def _warm(server: LanguageServer, state: State) -> None:
-    """Have the model loaded, and show that it takes a moment where it does."""
+async def _show_loading(server: LanguageServer, state: State) -> None:
+    try:
+        await _warm(server, state, loading=True)
+    except TabwiseError as error:
+        log.error("the model is not ready: %s", error)  # the request that wants it tells its own story
+
+
+async def _warm(server: LanguageServer, state: State, *, loading: bool = False) -> None:
+    """Have the model loaded, and show that it takes a moment where it does.
+
+    Args:
+        server: Where to show it.
+        state: Where the line to the daemon is.
+        loading: It is known already that the model is being loaded.
+    """
     window = server.client_capabilities.window
     shows_progress = bool(window and window.work_done_progress)
-    token: str | None = None
+    token = await _begin_progress(server) if loading and shows_progress else None
     try:
         async with aclosing(state.link.warm()) as states:
             async for now in states:
-                if now == "loading" and shows_progress:
+                if now == "loading" and shows_progress and token is None:
                     token = await _begin_progress(server)
     finally:
         if token is not None:
@@ -110,8 +124,7 @@ async def _ask_settings(server: LanguageServer, state: State) -> None:
     except (JsonRpcException, TimeoutError) as error:
         log.warning("the client did not tell its settings (%s); those of the file hold", type(error).__name__)
         return
-    if answer and answer[0] is not None:
-        state.settings.change(answer[0])
+    state.settings.change(answer[0] if answer else None)
 
 
 async def _tell_problems(server: LanguageServer, state: State) -> None:

