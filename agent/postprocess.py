@@ -9,19 +9,38 @@ from collections.abc import Callable
 
 from rapidfuzz.distance import Levenshtein
 
-from agent.context import Surroundings
+from agent.context import Surroundings, indent_of
 
 Filter = Callable[[str, Surroundings], str]
 
 _VISIBLE_CHARS = 2
 """Fewer are not worth a flicker; one more keystroke is quicker than reading them."""
 _DISTINCT_CHARS = 2
+_INDENT = 4  # where the text above the cursor has no indentation to go by
 _ECHO_SHARE = 0.05
 """Share of characters that may differ in an echo of the next lines."""
 _OPENERS = {"(": ")", "[": "]", "{": "}"}
 _TRIPLE_QUOTES = ('"""', "'''")
 _MARKS = (":", "{", ";", ",")
 _QUOTES = "\"'`"
+
+
+def align_indent(text: str, around: Surroundings) -> str:
+    """Take away blanks in front that put the line off the document's steps of indentation.
+
+    Behind eight blanks a model may write a ninth, since " return" is one token for it. The lines below moved along with
+    the first one, and move back with it. A step deeper than the cursor is left as it is.
+    """
+    line = around.cursor_line
+    extra = len(text) - len(text.lstrip(" "))
+    if not line or line.strip(" ") or not extra:
+        return text
+    step = min((width for width in map(indent_of, around.head.split("\n")) if width > 1), default=_INDENT)
+    if len(line) % step or not (len(line) + extra) % step:
+        return text
+    first, *below = text.split("\n")
+    moved = [one[extra:] if indent_of(one) >= len(line) + extra else one for one in below]
+    return "\n".join([first[extra:], *moved])
 
 
 def drop_repeating_tail(text: str, around: Surroundings) -> str:
@@ -95,7 +114,7 @@ def drop_invisible(text: str, around: Surroundings) -> str:
     return text if len(re.sub(r"\s", "", text)) >= _VISIBLE_CHARS else ""
 
 
-FILTERS: tuple[Filter, ...] = (drop_repeating_tail, drop_echo, cut_overlap, trim_end, drop_invisible)
+FILTERS: tuple[Filter, ...] = (align_indent, drop_repeating_tail, drop_echo, cut_overlap, trim_end, drop_invisible)
 """In the order in which they run."""
 
 

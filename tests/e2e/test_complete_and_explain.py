@@ -41,6 +41,7 @@ def complete(world: World, text: str, line: int, column: int, name: str = "a.py"
     [
         ROWS.partition("        \n")[2],
         '\n\ndef write_rows(path, rows):\n    with open(path, "w") as f:\n        csv.writer(f).writerows(rows)\n',
+        "\n\ndef count_rows(path):\n    return len(read_rows(path))\n",
         '\n\ndef main():\n    print(read_rows("a.csv"))\n\n\nmain()\n',
         "\n\ndef parse(text):\n    return [line.split() for line in text.splitlines()]\n",
     ],
@@ -49,6 +50,7 @@ def test_an_empty_body_is_filled_with_what_was_imported(real_world: World, follo
     answer = complete(real_world, ROWS.partition("        \n")[0] + "        \n" + following, 7, 9)
     assert "csv." in str(answer["text"])
     assert not str(answer["text"]).startswith(" ")
+    compile(ROWS.partition("        \n")[0] + "        " + str(answer["text"]) + "\n" + following, "rows.py", "exec")
     assert set(answer) == {"text", "source", "stop_reason", "timing"}
     assert answer["source"] == "engine"
     assert answer["stop_reason"] in {"end", "line", "block", "suffix", "repetition", "budget"}
