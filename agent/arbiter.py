@@ -1,7 +1,8 @@
-"""Whose turn it is at the engine: completions first, one at a time; explanations in between.
+"""Whose turn it is at the engine: completions first, one at a time; explanations in between; work in advance last.
 
 An explanation that is under way is broken off between two decode steps (or batches of prefill) when a completion is
-asked for, and taken up again from the tokens it has once no completion waits. Knows requests and streams, no models.
+asked for, and taken up again from the tokens it has once no completion waits. Work in advance is broken off by either,
+and not taken up: whoever asked for it may ask again. Knows requests and streams, no models.
 
 Invariant: at most one stream of the engine is open.
 """
@@ -28,6 +29,10 @@ class Arbiter:
         self._wanted = asyncio.Event()  # set while there are any
         self._calm = asyncio.Event()  # set while there are none
         self._calm.set()
+        self._explaining = 0  # explanations that wait or run
+        self._needed = asyncio.Event()  # set while there are completions or explanations
+        self._free = asyncio.Event()  # set while there are none of both
+        self._free.set()
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
         """Return the tokens of `text`; needs no turn."""
@@ -53,23 +58,60 @@ class Arbiter:
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Continue a prompt, when it is its turn."""
+        if request.ahead:
+            return self._ahead(request)
         return self._first(request) if request.task is Task.COMPLETION else self._between(request)
 
+    def _count(self, *, completions: int = 0, explanations: int = 0) -> None:
+        self._waiting += completions
+        self._explaining += explanations
+        for event, opposite, on in (
+            (self._wanted, self._calm, self._waiting > 0),
+            (self._needed, self._free, self._waiting + self._explaining > 0),
+        ):
+            (event if on else opposite).set()
+            (opposite if on else event).clear()
+
     async def _first(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        self._waiting += 1
-        self._wanted.set()
-        self._calm.clear()
+        self._count(completions=1)
         try:
             async with self._turn, aclosing(self._engine.generate(request)) as stream:
                 async for event in stream:
                     yield event
         finally:
-            self._waiting -= 1
-            if not self._waiting:
-                self._wanted.clear()
-                self._calm.set()
+            self._count(completions=-1)
+
+    async def _ahead(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        n_decoded, last = 0, Prefilled(0, 0, 0)
+        await self._free.wait()
+        async with self._turn:
+            if not self._needed.is_set():
+                async with aclosing(until(self._needed, self._engine.generate(request))) as stream:
+                    async for event in stream:
+                        yield event
+                        if isinstance(event, Finished):
+                            return
+                        if isinstance(event, Decoded):
+                            n_decoded += len(event.ids)
+                        else:
+                            last = event
+        yield Finished(
+            ended=False,
+            prefill_tokens=last.done_tokens - last.cached_tokens,
+            cached_tokens=last.cached_tokens,
+            decoded_tokens=n_decoded,
+        )
 
     async def _between(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self._count(explanations=1)
+        try:
+            async with aclosing(self._in_pieces(request)) as stream:
+                async for event in stream:
+                    yield event
+        finally:
+            self._count(explanations=-1)
+
+    async def _in_pieces(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         ids: list[int] = []
         prefilled = progress = 0
         cached: int | None = None

@@ -17,6 +17,7 @@ from agent.errors import EngineError
 from agent.loaded import LoadedModel
 from agent.types import Completion, CompletionRequest, Generation, Snippet, Source, StopReason, Timing
 
+_TOKEN_CHARS = 6  # more than a token of code has on average: what is longer by this need not be counted to be too long
 _TRIES_TO_FIT = 8  # each halves the error of the estimate; more are never needed
 _FRAME_TOKENS = 64  # for sentinels and the paths of snippets
 _DETOURS = 4  # healed tokens that may be forced before the text is taken as it stands
@@ -29,6 +30,22 @@ class Completed:
     completion: Completion
     generation: Generation | None
     """None where the engine was not asked."""
+
+
+@dataclass(slots=True)
+class Spent:
+    """What requests cost the engine, whether they came to their end or not."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens that had to be computed."""
+    decoded_tokens: int = 0
+
+    def add(self, trace: "_Trace") -> None:
+        """Add one request."""
+        self.requests += 1
+        self.prompt_tokens += trace.prefill_tokens
+        self.decoded_tokens += trace.decoded_tokens
 
 
 @dataclass(slots=True)
@@ -45,19 +62,26 @@ class _Trace:
     ended: bool = False
     healed: bool = False
     """Whether the model has written again what was taken back."""
+    _read_tokens: int | None = None
+    """How much of the prompt under way is in the cache; None before the engine has told."""
 
     def begin(self, prompt_ids: tuple[int, ...]) -> None:
         """Ask anew, from another prompt; what it cost so far still counts."""
         self.prompt_ids, self.output_ids, self.output_logps = prompt_ids, [], []
         self.exact, self.ended, self.healed = True, False, False
 
+    def asked(self) -> None:
+        """A prompt is handed to the engine."""
+        self._read_tokens = None
+
     def prefilled(self, event: Prefilled) -> None:
         """Count a prompt's tokens: those that had to be computed add up, the cache's are the first prompt's."""
-        if event.done_tokens < event.total_tokens:
-            return
-        self.prefill_tokens += event.total_tokens - event.cached_tokens
+        if self._read_tokens is None:
+            self._read_tokens = event.cached_tokens
         if self.cached_tokens is None:
             self.cached_tokens = event.cached_tokens
+        self.prefill_tokens += max(0, event.done_tokens - self._read_tokens)
+        self._read_tokens = max(self._read_tokens, event.done_tokens)
 
     def decoded(self, event: Decoded) -> None:
         """Count tokens that belong to the output."""
@@ -68,7 +92,7 @@ class _Trace:
 
 
 async def complete(
-    loaded: LoadedModel, request: CompletionRequest, settings: CompletionSettings
+    loaded: LoadedModel, request: CompletionRequest, settings: CompletionSettings, spent: Spent | None = None
 ) -> AsyncGenerator[str | Completed, None]:
     """Answer a request.
 
@@ -76,6 +100,7 @@ async def complete(
         loaded: Model to ask.
         request: What is wanted.
         settings: Budgets.
+        spent: Is told what it cost, even if the work is cancelled.
 
     Returns:
         Parts of the text as soon as they are sure to stay, then one `Completed`. Closing it cancels the work.
@@ -93,29 +118,57 @@ async def complete(
     around = context.surroundings(request.prefix, request.suffix, request.anchor)
     multiline = context.wants_block(around) if request.multiline is None else request.multiline
     rules = stopping.rules_for(around, multiline=multiline, max_lines=settings.block_lines)
-    allowed = request.max_tokens or (settings.block_tokens if multiline else settings.line_tokens)
-    budget = max(1, min(allowed, loaded.engine.context_tokens // 4))
     trace = _Trace()
-    text, told, first_text_ms = "", 0, None
+    text, told, first_text_ms = "", "", None
     stop: stopping.Stop | None = None
-    async with aclosing(_write(loaded, around, request, settings, budget, trace)) as parts:
-        async for part in parts:
-            text += part
-            if first_text_ms is None and text.strip():
-                first_text_ms = _ms(started)
-            stop = stopping.find_stop(text, rules)
-            sure = stop.end if stop else _sure(text, multiline=multiline)
-            if sure > told:
-                yield text[told:sure]
-                told = sure
-            if stop:
-                break
-    text, reason = _ending(text, stop, rules, ended=trace.ended)
-    kept, dropped_by = postprocess.clean(text, around, cut_short=reason is StopReason.BUDGET)
-    timing = Timing(_ms(started), first_text_ms, trace.prefill_tokens, trace.cached_tokens or 0, trace.decoded_tokens)
-    replaced = postprocess.replaced_chars(kept, around)
-    completion = Completion(request.id, kept, Source.ENGINE, reason, timing, replaced, dropped_by)
+    budget = _budget(loaded, request, settings, multiline=multiline)
+    try:
+        async with aclosing(_write(loaded, around, request, settings, budget, trace)) as parts:
+            async for part in parts:
+                text += part
+                if first_text_ms is None and text.strip():
+                    first_text_ms = _ms(started)
+                stop = stopping.find_stop(text, rules)
+                sure = text[: stop.end if stop else _sure(text, multiline=multiline)]
+                if (settled := postprocess.align_indent(sure, around)).startswith(told) and settled != told:
+                    yield settled[len(told) :]
+                    told = settled
+                if stop:
+                    break
+    finally:
+        if spent is not None:
+            spent.add(trace)
+    whole, reason = _ending(text, stop, rules, ended=trace.ended)
+    if request.ahead and stop is None and not trace.ended and trace.decoded_tokens < budget:
+        reason = StopReason.CANCELLED  # it gave way to somebody who waits
+    settled, dropped_by = postprocess.settle(whole, around, cut_short=reason is StopReason.BUDGET)
+    shown, hidden_by = postprocess.present(settled, around)
+    completion = Completion(
+        request.id,
+        shown,
+        Source.ENGINE,
+        reason,
+        Timing(_ms(started), first_text_ms, trace.prefill_tokens, trace.cached_tokens or 0, trace.decoded_tokens),
+        postprocess.replaced_chars(shown, around),
+        dropped_by or hidden_by,
+        settled,
+        _beyond(text, whole, settled),
+    )
     yield Completed(completion, _facts(loaded, request.id, trace))
+
+
+def _budget(loaded: LoadedModel, request: CompletionRequest, settings: CompletionSettings, *, multiline: bool) -> int:
+    if request.max_tokens == 0:
+        return 0
+    allowed = request.max_tokens or (settings.block_tokens if multiline else settings.line_tokens)
+    return max(1, min(allowed, loaded.engine.context_tokens // 4))
+
+
+def _beyond(text: str, whole: str, settled: str) -> str:
+    # Only what stands directly behind the text that is kept, and of it whole lines only.
+    if not settled or not whole.startswith(settled) or whole[len(settled) :].strip():
+        return ""
+    return text[len(settled) :].rpartition("\n")[0]
 
 
 def _ending(text: str, stop: stopping.Stop | None, rules: stopping.StopRules, *, ended: bool) -> tuple[str, StopReason]:
@@ -128,8 +181,8 @@ def _ending(text: str, stop: stopping.Stop | None, rules: stopping.StopRules, *,
 
 
 def _sure(text: str, *, multiline: bool) -> int:
-    # Of a block, a line is only sure once the next has begun: the rules look at whole lines.
-    return text.rfind("\n") if multiline and "\n" in text else 0 if multiline else len(text)
+    # Of a block, a line below the first is only sure once the next has begun: the rules look at whole lines.
+    return text.rfind("\n") if multiline and "\n" in text else len(text)
 
 
 async def _write(
@@ -147,21 +200,37 @@ async def _write(
     nothing.
     """
     prompt_ids, live = await _prompt(loaded, around, request, settings, budget)
+    if not budget:
+        trace.begin((*prompt_ids, *(token.id for token in live)))
+        await _read(loaded, request, trace)
+        return
     for healed in healing.candidates(live):
         trace.begin((*prompt_ids, *healed.kept_ids))
-        async with aclosing(_healed(loaded, healed, budget, trace)) as parts:
+        async with aclosing(_healed(loaded, healed, budget, trace, ahead=request.ahead)) as parts:
             async for part in parts:
                 yield part
         if trace.healed:
             return
     live_ids = tuple(token.id for token in live)
     trace.begin((*prompt_ids, *live_ids))
-    async with aclosing(_unhealed(loaded, budget, trace)) as parts:
+    async with aclosing(_unhealed(loaded, budget, trace, ahead=request.ahead)) as parts:
         async for part in parts:
             yield part
 
 
-async def _healed(loaded: LoadedModel, healed: healing.Healed, budget: int, trace: _Trace) -> AsyncGenerator[str, None]:
+async def _read(loaded: LoadedModel, request: CompletionRequest, trace: _Trace) -> None:
+    """Have the prompt read into the cache, and nothing written."""
+    trace.asked()
+    ask = GenerationRequest(trace.prompt_ids, 0, ahead=request.ahead)
+    async with aclosing(loaded.engine.generate(ask)) as stream:
+        async for event in stream:
+            if isinstance(event, Prefilled):
+                trace.prefilled(event)
+
+
+async def _healed(
+    loaded: LoadedModel, healed: healing.Healed, budget: int, trace: _Trace, *, ahead: bool
+) -> AsyncGenerator[str, None]:
     """Yield the text behind the one that was taken back; nothing where the model cannot be brought to write that."""
     wanted, said = healed.wanted, ""
     for _ in range(_DETOURS):
@@ -170,7 +239,9 @@ async def _healed(loaded: LoadedModel, healed: healing.Healed, budget: int, trac
             prompt_ids=(*trace.prompt_ids, *trace.output_ids),
             max_tokens=max(1, budget - len(trace.output_ids)),
             alternatives=healing.N_ALTERNATIVES,
+            ahead=ahead,
         )
+        trace.asked()
         async with aclosing(loaded.engine.generate(ask)) as stream:
             async for event in stream:
                 if isinstance(event, Prefilled):
@@ -199,8 +270,9 @@ async def _healed(loaded: LoadedModel, healed: healing.Healed, budget: int, trac
             yield visible
 
 
-async def _unhealed(loaded: LoadedModel, budget: int, trace: _Trace) -> AsyncGenerator[str, None]:
-    async with aclosing(loaded.engine.generate(GenerationRequest(trace.prompt_ids, budget))) as stream:
+async def _unhealed(loaded: LoadedModel, budget: int, trace: _Trace, *, ahead: bool) -> AsyncGenerator[str, None]:
+    trace.asked()
+    async with aclosing(loaded.engine.generate(GenerationRequest(trace.prompt_ids, budget, ahead=ahead))) as stream:
         async for event in stream:
             if isinstance(event, Prefilled):
                 trace.prefilled(event)
@@ -246,7 +318,9 @@ async def _prompt(
 async def _fit(loaded: LoadedModel, text: str, budget: int, *, keep_end: bool) -> str:
     shorten = context.shorter_head if keep_end else context.shorter_tail
     for _ in range(_TRIES_TO_FIT):
-        n_tokens = len(await loaded.engine.tokenize(text))
+        if len(text) > 2 * _TOKEN_CHARS * budget:
+            text = shorten(text, len(text) // _TOKEN_CHARS, budget)
+        n_tokens = len(await loaded.tokens(text))
         if n_tokens <= budget:
             return text
         text = shorten(text, n_tokens, budget)
@@ -258,7 +332,7 @@ async def _fit_snippets(loaded: LoadedModel, snippets: tuple[Snippet, ...], budg
     for snippet in reversed(snippets):  # the last one is the most useful
         if context.is_secret(snippet.path):
             continue
-        n_tokens = len(await loaded.engine.tokenize(f"{snippet.path}\n{snippet.text}"))
+        n_tokens = len(await loaded.tokens(f"{snippet.path}\n{snippet.text}"))
         if n_tokens > budget:
             text = await _fit(loaded, snippet.text, budget, keep_end=True) if not kept else ""
             return tuple(reversed([*kept, replace(snippet, text=text)] if text.strip() else kept))

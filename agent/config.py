@@ -38,7 +38,7 @@ class EngineSettings(_Section):
         ge=512,
         le=131_072,
         description="Room for prompt and answer together. Memory grows with it: 12 KB a token for the starter model, "
-        "56 KB for Qwen2.5-Coder-7B; it is taken twice, for completions and for explanations.",
+        "56 KB for Qwen2.5-Coder-7B; it is taken once for explanations and for each of the completion slots.",
     )
     threads: int = Field(0, ge=0, le=512, description="Threads of the CPU engine; 0 takes one for each physical core.")
     batch_tokens: int = Field(
@@ -50,6 +50,13 @@ class EngineSettings(_Section):
     )
     gpu_layers: int = Field(
         -1, ge=-1, le=1000, description="Layers that llama.cpp puts on a GPU, where it was built for one; -1 for all."
+    )
+    completion_slots: int = Field(
+        3,
+        ge=1,
+        le=16,
+        description="Places in the code whose prompts are kept computed at the same time. Each takes the memory of one "
+        "context.",
     )
     unload_after_s: int = Field(
         900, ge=0, le=604_800, description="Seconds without a request after which the model leaves memory; 0 for never."

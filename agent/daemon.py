@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from agent import completer, explainer, http_io, openai_api, wire
-from agent.completer import Completed
+from agent.completer import Completed, Spent
 from agent.config import Settings
 from agent.engine_host import EngineHost, HostState
 from agent.errors import RequestError, TabwiseError
@@ -48,6 +48,10 @@ class Daemon:
     last_activity: float = 0.0
     """Time of the user's last keystroke, as far as requests told; seconds since the epoch, 0 for never."""
     served: dict[str, int] = field(default_factory=lambda: {"completions": 0, "explanations": 0})
+    typing: Spent = field(default_factory=Spent)
+    """What the requests cost that somebody waited for."""
+    ahead: Spent = field(default_factory=Spent)
+    """What was done in advance."""
     generations: OrderedDict[str, Generation] = field(default_factory=OrderedDict)
 
     def remember(self, generation: Generation) -> None:
@@ -75,6 +79,7 @@ class Daemon:
             },
             "open_requests": self.open_requests.count,
             "served": dict(self.served),
+            "work": {"typing": asdict(self.typing), "ahead": asdict(self.ahead)},
             "last_activity": self.last_activity,
             "tcp_port": self.tcp_port,
         }
@@ -149,13 +154,14 @@ async def _warm(daemon: Daemon, request: Request) -> Response:
 async def _complete(daemon: Daemon, request: Request) -> Response:
     asked = wire.structure(CompletionRequest, await http_io.body_of(request))
     daemon.last_activity = max(daemon.last_activity, time.time() - asked.activity_ms / 1000)
+    spent = daemon.ahead if asked.ahead else daemon.typing
 
     async def parts() -> AsyncGenerator[bytes, None]:
         if daemon.host.loaded is None:
             yield wire.line(state=HostState.LOADING.value)
         async with (
             daemon.host.use() as loaded,
-            aclosing(completer.complete(loaded, asked, daemon.settings.completion)) as stream,
+            aclosing(completer.complete(loaded, asked, daemon.settings.completion, spent)) as stream,
         ):
             async for part in stream:
                 if isinstance(part, Completed):

@@ -5,16 +5,21 @@ loaded tokenizer is made here, once.
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from agent import fim, gguf_header
 from agent.arbiter import Arbiter
 from agent.catalog import LocalModel
-from agent.engines.base import Engine
+from agent.engines.base import Engine, Token
 from agent.fim import FimFormat, Piece
 
 log = logging.getLogger(__name__)
+
+_REMEMBERED_TEXTS = 64
+"""Texts whose tokens are kept: of each place that is worked at a few, and asking the engine again costs a millisecond
+or more with each keystroke."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,17 @@ class LoadedModel:
     sentinel_ids: dict[str, int]
     stop_ids: frozenset[int]
     start_ids: tuple[int, ...]
+    _remembered: OrderedDict[str, list[Token]] = field(default_factory=OrderedDict)
+
+    async def tokens(self, text: str) -> list[Token]:
+        """Return the tokens of a text that is likely to be asked for again: the lines above the cursor, or below."""
+        found = self._remembered.pop(text, None)
+        if found is None:
+            found = await self.engine.tokenize(text)
+        self._remembered[text] = found
+        while len(self._remembered) > _REMEMBERED_TEXTS:
+            self._remembered.popitem(last=False)
+        return found
 
     async def ids(self, pieces: Iterable[Piece]) -> tuple[int, ...]:
         """Return the token ids of a prompt; text of the user's never becomes a special token."""
@@ -36,7 +52,7 @@ class LoadedModel:
             if piece.special:
                 ids.append(self.sentinel_ids[piece.text])
             else:
-                ids += [token.id for token in await self.engine.tokenize(piece.text)]
+                ids += [token.id for token in await self.tokens(piece.text)]
         return tuple(ids)
 
 

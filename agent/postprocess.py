@@ -138,6 +138,28 @@ def clean(text: str, around: Surroundings, *, cut_short: bool = False) -> tuple[
     return text, None
 
 
+BEFORE_CACHE: tuple[Filter, ...] = (align_indent, drop_repeating_tail, drop_echo, trim_end, drop_invisible)
+AFTER_CACHE: tuple[Filter, ...] = (cut_overlap,)
+
+
+def settle(text: str, around: Surroundings, *, cut_short: bool) -> tuple[str, str | None]:
+    """Run the filters before the cache."""
+    for run in BEFORE_CACHE:
+        if run is drop_repeating_tail and not cut_short:
+            continue
+        if text and not (text := run(text, around)):
+            return "", run.__name__
+    return text, None
+
+
+def present(text: str, around: Surroundings) -> tuple[str, str | None]:
+    """Run the filters after the cache."""
+    for run in AFTER_CACHE:
+        if text and not (text := run(text, around)):
+            return "", run.__name__
+    return text, None
+
+
 def replaced_chars(text: str, around: Surroundings) -> int:
     """Return how many characters right of the cursor the text stands in for.
 

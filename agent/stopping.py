@@ -31,6 +31,8 @@ class StopRules:
     """Whether a line of closers at the header's indentation belongs to the block, and ends it."""
     next_lines: tuple[str, ...]
     """The next filled lines behind the cursor, stripped."""
+    begins_below: bool = False
+    """Whether a single line may be the next one: the cursor stands at the end of a line that may be finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ def rules_for(around: Surroundings, *, multiline: bool, max_lines: int) -> StopR
         base_indent=base,
         closes_block=braces and not closed_below,
         next_lines=tuple(text.strip() for text in below[:3]),
+        begins_below=opens and not multiline and not around.rest.strip(),
     )
 
 
@@ -69,8 +72,7 @@ def find_stop(text: str, rules: StopRules, *, final: bool = False) -> Stop | Non
         final: The text is complete, so that its last line is, too.
     """
     if not rules.multiline:
-        line, newline, _ = text.partition("\n")
-        return Stop(len(line), StopReason.LINE) if newline else None
+        return _end_of_line(text, rules)
     lines = text.split("\n")
     complete = lines if final else lines[:-1]
     at = 0
@@ -88,6 +90,22 @@ def find_stop(text: str, rules: StopRules, *, final: bool = False) -> Stop | Non
     if not final and len(lines) > 1 and _leaves_already(lines[-1], rules):
         return Stop(at - 1, StopReason.BLOCK)
     return None
+
+
+def _end_of_line(text: str, rules: StopRules) -> Stop | None:
+    line, newline, rest = text.partition("\n")
+    if not newline:
+        return None
+    if line.strip() or not rules.begins_below:
+        return Stop(len(line), StopReason.LINE)
+    below, newline, _ = rest.partition("\n")
+    if not newline:
+        return None
+    if not below.strip():
+        return Stop(0, StopReason.LINE)  # an empty line: what follows is another matter
+    if any(_alike(below.strip(), other) for other in rules.next_lines[:1]):
+        return Stop(0, StopReason.SUFFIX)
+    return Stop(len(line) + 1 + len(below), StopReason.LINE)
 
 
 def _leaves_already(line: str, rules: StopRules) -> bool:

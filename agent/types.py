@@ -81,7 +81,9 @@ class CompletionRequest:
     multiline: bool | None = None
     """Whether several lines are wanted; decided from the text around the cursor if None."""
     max_tokens: int | None = None
-    """Allowance of new tokens; the configured one if None."""
+    """Allowance of new tokens; the configured one if None. With 0 the prompt is only read into the cache."""
+    ahead: bool = False
+    """Whether it is asked in advance, while nobody waits for it: it gives way to whatever else is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,10 @@ class Completion:
     """Characters right of the cursor, on its line, that the text stands in for (closers that the editor inserted)."""
     dropped_by: str | None = None
     """The filter that emptied the text, where one did."""
+    settled: str = ""
+    """The text before the filters that depend on the moment of showing: what a cache keeps."""
+    beyond: str = ""
+    """Whole lines that the engine wrote behind the end of `settled` before it was stopped."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,17 +37,15 @@ class AgentLink:
         self._failure: TabwiseError | None = None
         self._failed = 0.0
 
-    async def complete(self, request: CompletionRequest) -> Completion:
-        """Return a completion.
+    async def complete(self, request: CompletionRequest) -> AsyncGenerator[str | Completion, None]:
+        """Yield parts of a completion, then the whole.
 
         Raises:
             TabwiseError: There is none to be had.
         """
         async with aclosing(self._stream(lambda client: client.complete(request))) as parts:
             async for part in parts:
-                if isinstance(part, Completion):
-                    return part
-        raise DaemonError("the daemon sent no completion; try again")
+                yield part
 
     async def explain(self, request: ExplanationRequest) -> AsyncGenerator[str | Explanation, None]:
         """Yield parts of an explanation, then the whole."""

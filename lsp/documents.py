@@ -6,10 +6,10 @@ a change makes a new `Document`, so that whoever holds one has a snapshot. Knows
 """
 
 import re
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
 
@@ -32,76 +32,111 @@ class Change:
     end: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """A place in a document: a line, and characters of it, both from 0."""
+
+    line: int
+    column: int
+    """Characters of Python's, whatever the client counts in."""
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document at one moment."""
+    """A document at one moment.
+
+    Held as lines, so that a change in a long document copies references and not its text.
+    """
 
     uri: str
     language: str
     version: int
-    text: str
+    lines: tuple[str, ...] = field(repr=False)
+    """Each with its end; the last one has none. Never empty."""
     units: Units = Units.UTF16
-    starts: tuple[int, ...] = field(default=(), repr=False, compare=False)
-    """Offset of each line's first character; filled in by `opened`."""
 
     @classmethod
     def opened(cls, uri: str, language: str, version: int, text: str, units: Units) -> "Document":
         """Return a document with its lines found."""
-        return cls(uri, language, version, text, units, _starts(text))
+        return cls(uri, language, version, _split(text), units)
 
     def changed(self, version: int, changes: Iterable[Change]) -> "Document":
         """Return the document after some changes, each of which sees the one before."""
         document = self
         for change in changes:
             if change.start is None or change.end is None:
-                text = change.text
+                lines = _split(change.text)
             else:
-                start, end = sorted((document.offset(*change.start), document.offset(*change.end)))
-                text = document.text[:start] + change.text + document.text[end:]
-            document = Document.opened(self.uri, self.language, version, text, self.units)
+                start, end = sorted((document.place(*change.start), document.place(*change.end)))
+                lines = document._spliced(start, end, change.text)
+            document = Document(self.uri, self.language, version, lines, self.units)
         return document
+
+    @property
+    def text(self) -> str:
+        """The whole text; takes as long as the text is."""
+        return "".join(self.lines)
 
     @property
     def n_lines(self) -> int:
         """Number of lines; an empty text has one."""
-        return len(self.starts)
+        return len(self.lines)
+
+    @property
+    def end(self) -> Place:
+        """The place behind the last character."""
+        return Place(len(self.lines) - 1, len(self.lines[-1]))
+
+    @property
+    def newline(self) -> str:
+        """The end of the first line, which new ones shall have, too."""
+        return "\r\n" if self.lines[0].endswith("\r\n") else "\n"
 
     def line(self, number: int) -> str:
         """Return a line without its end; empty beyond the text."""
-        if not 0 <= number < len(self.starts):
-            return ""
-        return self.text[self.starts[number] : self._line_end(number)]
+        return self.lines[number].rstrip("\r\n") if 0 <= number < len(self.lines) else ""
 
-    def offset(self, line: int, character: int) -> int:
-        """Return the offset of a position; places beyond a line or the text are moved to its end.
+    def between(self, start: Place, end: Place) -> str:
+        """Return the text between two places."""
+        if start.line == end.line:
+            return self.lines[start.line][start.column : end.column]
+        inner = self.lines[start.line + 1 : end.line]
+        return "".join((self.lines[start.line][start.column :], *inner, self.lines[end.line][: end.column]))
+
+    def place(self, line: int, character: int) -> Place:
+        """Return the place of a position; one beyond a line or the text is moved to its end.
 
         A position within a character is moved to the character's beginning.
         """
         if line < 0:
-            return 0
-        if line >= len(self.starts):
-            return len(self.text)
-        start, end = self.starts[line], self._line_end(line)
+            return Place(0, 0)
+        if line >= len(self.lines):
+            return self.end
+        text = self.line(line)
         if character <= 0:
-            return start
-        if self.units is Units.UTF32:
-            return min(start + character, end)
-        text = self.text[start:end]
-        if text.isascii():
-            return min(start + character, end)
-        return start + _characters(text, character, self.units)
+            return Place(line, 0)
+        if self.units is Units.UTF32 or text.isascii():
+            return Place(line, min(character, len(text)))
+        return Place(line, _characters(text, character, self.units))
 
-    def position(self, offset: int) -> tuple[int, int]:
-        """Return line and character of an offset; one within a line's end counts as the line's last place."""
-        offset = max(0, min(offset, len(self.text)))
-        line = bisect_right(self.starts, offset) - 1
-        return line, length(self.text[self.starts[line] : min(offset, self._line_end(line))], self.units)
+    def character(self, place: Place) -> int:
+        """Return a place's character, in the client's units."""
+        return length(self.lines[place.line][: place.column], self.units)
 
-    def _line_end(self, number: int) -> int:
-        if number + 1 == len(self.starts):
-            return len(self.text)
-        end = self.starts[number + 1]
-        return end - 2 if self.text[end - 2 : end] == "\r\n" else end - 1
+    def _spliced(self, start: Place, end: Place, text: str) -> tuple[str, ...]:
+        first, last = start.line, end.line
+        middle = self.lines[first][: start.column] + text + self.lines[last][end.column :]
+        # "\r" and "\n" of two lines that came together are one end.
+        if first and self.lines[first - 1].endswith("\r"):
+            first -= 1
+            middle = self.lines[first] + middle
+        if middle.endswith("\r") and last + 1 < len(self.lines):
+            last += 1
+            middle += self.lines[last]
+        changed = _split(middle)
+        if last + 1 < len(self.lines):
+            changed = changed[:-1]  # the empty line behind the last end is the line that follows
+        return self.lines[:first] + changed + self.lines[last + 1 :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +211,9 @@ def length(text: str, units: Units) -> int:
     return len(text) + sum(1 for character in text if character > "\uffff")
 
 
-def _starts(text: str) -> tuple[int, ...]:
-    return (0, *(found.end() for found in _LINE_END.finditer(text)))
+def _split(text: str) -> tuple[str, ...]:
+    ends = [0, *(found.end() for found in _LINE_END.finditer(text)), len(text)]
+    return tuple(text[start:end] for start, end in pairwise(ends))
 
 
 def _characters(text: str, units_wanted: int, units: Units) -> int:

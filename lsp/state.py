@@ -10,14 +10,10 @@ from urllib.parse import unquote, urlsplit
 
 from agent import types as agent_types
 from lsp.agent_link import AgentLink
+from lsp.completions import Completions
 from lsp.documents import Document, Library, Units
 from lsp.requests import Latest
 from lsp.settings import EditorSettings
-
-WINDOW_LINES = 64
-"""The text before the cursor begins at a multiple of so many lines, so that its beginning moves rarely."""
-_WINDOW_BEFORE_CHARS = 24_000  # four times what the largest usual budget of tokens takes
-_WINDOW_BEHIND_CHARS = 8_000
 
 
 @dataclass(slots=True)
@@ -28,12 +24,21 @@ class State:
     units: Units = Units.UTF16
     link: AgentLink = field(default_factory=AgentLink)
     settings: EditorSettings = field(default_factory=EditorSettings)
-    completions: Latest = field(default_factory=Latest)
+    completions: Completions = field(init=False)
+    requests: Latest = field(default_factory=Latest)
     roots: list[str] = field(default_factory=list)
     """URIs of the workspace's folders."""
     last_change: float = 0.0
     """When a document last changed, on the monotonic clock; 0 for never."""
+    deleted: bool = False
+    """Whether the last change took text away, and put none in its place."""
+    refreshes: bool = False
+    """Whether the client asks again when it is told that a text has grown."""
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Give the completions their line to the daemon."""
+        self.completions = Completions(self.link)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` in the background, and keep it from being collected."""
@@ -57,19 +62,3 @@ class State:
             if PurePosixPath(path).is_relative_to(folder):
                 return str(PurePosixPath(path).relative_to(folder))
         return PurePosixPath(path).name
-
-    def window(self, document: Document, offset: int) -> tuple[str, str]:
-        """Return the text before and behind a place, as much as a prompt may need."""
-        line = document.position(offset)[0]
-        first = line - line % WINDOW_LINES
-        while first > 0 and offset - document.starts[first - WINDOW_LINES] <= _WINDOW_BEFORE_CHARS:
-            first -= WINDOW_LINES
-        start = max(document.starts[first], offset - _WINDOW_BEFORE_CHARS)
-        above, below = self.library.around(document)
-        prefix = document.text[start:offset]
-        if start == 0:
-            prefix = above[-_WINDOW_BEFORE_CHARS:] + prefix
-        suffix = document.text[offset : offset + _WINDOW_BEHIND_CHARS]
-        if offset + _WINDOW_BEHIND_CHARS >= len(document.text):
-            suffix += below[:_WINDOW_BEHIND_CHARS]
-        return prefix, suffix

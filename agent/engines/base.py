@@ -26,6 +26,7 @@ class GenerationRequest:
 
     prompt_ids: tuple[int, ...]
     max_tokens: int
+    """With 0 the prompt is only read into the cache."""
     task: Task = Task.COMPLETION
     temperature: float = 0.0
     """0 takes the likeliest token each time."""
@@ -34,6 +35,8 @@ class GenerationRequest:
     """How many of the likeliest tokens to report with each one."""
     adapter: str | None = None
     """Name of a loaded adapter; None for the bare model."""
+    ahead: bool = False
+    """Nobody waits for it: it is broken off as soon as anything else is asked, and displaces no prompt in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Finished:
     """The stream is over."""
 
     ended: bool
-    """True where the model ended the text itself, False where `max_tokens` were spent."""
+    """True where the model ended the text itself; False where `max_tokens` were spent, or where it gave way."""
     prefill_tokens: int
     cached_tokens: int
     decoded_tokens: int

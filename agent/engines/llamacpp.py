@@ -4,7 +4,8 @@ xllamacpp's Python handlers cover chat and completions only; its HTTP server has
 is bound to a socket file in our own 0700 directory: left to itself it opens a TCP port without a key and with CORS open
 to every origin. Knows nothing of prompts' layouts.
 
-Two slots, one per task, so that an explanation does not push a completion's prompt out of the key-value cache.
+One slot is for explanations, so that they do not push a completion's prompt out of the key-value cache. Completions have
+several, one for each place in the code that was worked at lately; `slots.py` chooses.
 
 A request is cancelled by closing its connection. The server notices when it next writes: after the decode step under
 way, or, since progress is asked for, after at most two batches of prefill.
@@ -24,10 +25,10 @@ import xllamacpp
 
 from agent.config import EngineSettings
 from agent.engines.base import Alternative, Decoded, Event, Finished, GenerationRequest, Prefilled, Task, Token
+from agent.engines.slots import Slots
 from agent.errors import EngineError, ModelCorruptError, PromptTooLongError
 from agent.types import Chat, Message
 
-_SLOTS = {Task.COMPLETION: 0, Task.EXPLANATION: 1}
 _QUIET = -1  # llama.cpp's log goes to standard error and may quote prompts
 _TIMEOUT = httpx.Timeout(5.0, read=None)  # a long prefill says nothing for a while; callers cancel, not the clock
 
@@ -35,9 +36,11 @@ _TIMEOUT = httpx.Timeout(5.0, read=None)  # a long prefill says nothing for a wh
 class LlamaCppEngine:
     """A GGUF model in memory."""
 
-    def __init__(self, server: xllamacpp.Server, socket: Path, context_tokens: int) -> None:
+    def __init__(self, server: xllamacpp.Server, socket: Path, settings: EngineSettings) -> None:
         """Wrap a running server; use `load`."""
-        self.context_tokens = context_tokens
+        self.context_tokens = settings.context_tokens
+        self._slots = Slots(settings.completion_slots)
+        self._explanation_slot = settings.completion_slots
         self._server: xllamacpp.Server | None = server
         self._socket = socket
         self._http = httpx.AsyncClient(
@@ -71,7 +74,7 @@ class LlamaCppEngine:
                 "see tabwise doctor"
             ) from None
         socket.chmod(0o600)
-        return cls(server, socket, settings.context_tokens)
+        return cls(server, socket, settings)
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
         """Return the tokens of `text`."""
@@ -107,12 +110,15 @@ class LlamaCppEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Continue a prompt."""
+        slot = self._explanation_slot
+        if request.task is Task.COMPLETION:
+            slot = self._slots.choose(request.prompt_ids, ahead=request.ahead)
         body = {
             "prompt": list(request.prompt_ids),
             "n_predict": request.max_tokens,
             "temperature": request.temperature,
             "seed": request.seed,
-            "id_slot": _SLOTS[request.task],
+            "id_slot": slot,
             "cache_prompt": True,
             "stream": True,
             "return_tokens": True,
@@ -220,8 +226,8 @@ def _params(path: Path, settings: EngineSettings, socket: Path) -> xllamacpp.Com
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.hostnames = [str(socket)]
-    params.n_parallel = len(_SLOTS)
-    params.n_ctx = settings.context_tokens * len(_SLOTS)
+    params.n_parallel = settings.completion_slots + 1
+    params.n_ctx = settings.context_tokens * params.n_parallel
     params.n_batch = params.n_ubatch = settings.batch_tokens
     threads = settings.threads or psutil.cpu_count(logical=False) or 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads

@@ -127,11 +127,10 @@ def _code(document: Document, argument: dict[str, Any]) -> str:
     start = (int(chosen["start"]["line"]), int(chosen["start"]["character"]))
     end = (int(chosen["end"]["line"]), int(chosen["end"]["character"]))
     if start != end:
-        first, last = sorted((document.offset(*start), document.offset(*end)))
-        line = document.position(first)[0]
-        before = document.text[document.starts[line] : first]
+        first, last = sorted((document.place(*start), document.place(*end)))
+        before = document.lines[first.line][: first.column]
         # From the beginning of the line where only its indentation was left out, so that the shape of the code shows.
-        return (before if not before.strip() else "") + document.text[first:last]
+        return (before if not before.strip() else "") + document.between(first, last)
     lines = [document.line(number) for number in range(document.n_lines)]
     begin, after = enclosing(lines, start[0])
     return "\n".join(lines[begin:after])

@@ -1,15 +1,21 @@
-"""textDocument/inlineCompletion: ghost text; and textDocument/completion for clients that do not know it."""
+"""textDocument/inlineCompletion: ghost text; and textDocument/completion for clients that do not know it.
+
+Two messages of our own. A client says with `tabwise/cursor` that the cursor moved without a key. To one that says in
+`initialize` that it can refresh (`experimental: {"tabwise": {"refresh": true}}`), `tabwise/refresh` tells that the
+text which was answered for a version of a document has grown, and may be asked for again.
+"""
 
 import logging
-import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lsprotocol import types
 from pygls.lsp.server import LanguageServer
 
-from agent.errors import TabwiseError
-from agent.types import Completion, CompletionRequest, Trigger
-from lsp.documents import Document, length
+from agent.types import Trigger
+from lsp.anchors import Around
+from lsp.completions import Asked
+from lsp.documents import Change, Document, Place
 from lsp.state import State
 
 log = logging.getLogger(__name__)
@@ -20,11 +26,10 @@ _LABEL_CHARS = 60  # of a completion's first line, in lists
 @dataclass(frozen=True, slots=True)
 class _Answer:
     document: Document
-    completion: Completion
-    start: int
-    """Offset from which the text is inserted."""
-    end: int
-    """Offset of the first character that stays."""
+    start: Place
+    """Where the text is inserted."""
+    end: Place
+    """The first character that stays."""
     text: str
 
 
@@ -40,6 +45,17 @@ def register(server: LanguageServer, state: State) -> None:
             return None
         item = types.InlineCompletionItem(insert_text=answer.text, range=_range(answer))
         return types.InlineCompletionList(items=[item])
+
+    @server.feature("tabwise/cursor")
+    def cursor(params: Any) -> None:
+        _cursor(state, params)
+
+    def grown(document: Document) -> None:
+        if state.library.documents.get(document.uri) is document:
+            told = {"textDocument": {"uri": document.uri, "version": document.version}}
+            server.protocol.notify("tabwise/refresh", told)
+
+    state.completions.on_grown = grown
 
 
 def register_list(server: LanguageServer, state: State) -> None:
@@ -58,7 +74,7 @@ def register_list(server: LanguageServer, state: State) -> None:
             detail="Tabwise",
             text_edit=types.TextEdit(_range(answer), answer.text),
             # The client filters by what stands before the cursor, and the completion begins only behind it.
-            filter_text=answer.document.text[answer.start : answer.end] + answer.text,
+            filter_text=answer.document.between(answer.start, answer.end) + answer.text,
             insert_text_format=types.InsertTextFormat.PlainText,
             insert_text_mode=types.InsertTextMode.AsIs,  # the text has its indentation already
         )
@@ -75,13 +91,15 @@ async def _latest(
     if document is None:
         log.warning("a completion of a document that was never opened was asked for")
         return None
-    place = document.offset(params.position.line, params.position.character)
-    work = _answer(state, document, place, trigger, selected)
-    return await state.completions.run(document.uri, work)
+    place = document.place(params.position.line, params.position.character)
+    answer = await state.requests.run(document.uri, _answer(state, document, place, trigger, selected))
+    if state.library.documents.get(document.uri) is not document:
+        return None  # the document went on meanwhile, and the text may not fit any more
+    return answer
 
 
 async def _answer(
-    state: State, document: Document, place: int, trigger: Trigger, selected: types.SelectedCompletionInfo | None
+    state: State, document: Document, place: Place, trigger: Trigger, selected: types.SelectedCompletionInfo | None
 ) -> _Answer | None:
     settings = (await state.settings.current()).completion
     if trigger is Trigger.AUTOMATIC and (not settings.automatic or document.language in settings.languages_off):
@@ -92,37 +110,53 @@ async def _answer(
         return None  # an item's range lies on one line
     if selected is not None:
         # The editor's own list has an entry selected: our text goes on from there.
-        start = document.offset(selected.range.start.line, selected.range.start.character)
-        end = max(place, document.offset(selected.range.end.line, selected.range.end.character))
+        start = document.place(selected.range.start.line, selected.range.start.character)
+        end = max(place, document.place(selected.range.end.line, selected.range.end.character))
         chosen = selected.text
-    prefix, suffix = state.window(document, start)
-    behind = suffix[end - start :]
-    request = CompletionRequest(
-        id=uuid.uuid4().hex,
-        document=state.describe(document),
-        prefix=prefix + chosen,
-        suffix=behind,
+    asked = _asked(state, document, end, trigger)
+    if chosen:
+        # As if the entry stood in the document in place of what it replaces.
+        change = Change(chosen, _position(document, start), _position(document, end))
+        asked = replace(asked, document=document.changed(document.version, [change]))
+        asked = replace(asked, place=Place(start.line, start.column + len(chosen)))
+    offer = await state.completions.offer(asked)
+    if offer is None:
+        return None
+    text = chosen + offer.text.replace("\n", document.newline)
+    return _Answer(document, start, Place(end.line, end.column + offer.replaced_chars), text)
+
+
+def _cursor(state: State, params: Any) -> None:
+    try:
+        uri = params["textDocument"]["uri"]
+        place = (int(params["position"]["line"]), int(params["position"]["character"]))
+    except (KeyError, TypeError, ValueError):
+        log.warning("tabwise/cursor takes textDocument: {uri} and position: {line, character}")
+        return
+    document = state.library.documents.get(uri) if isinstance(uri, str) else None
+    if document is not None:
+        state.completions.rest(_asked(state, document, document.place(*place), Trigger.AUTOMATIC))
+
+
+def _asked(state: State, document: Document, place: Place, trigger: Trigger) -> Asked:
+    above, below = state.library.around(document)
+    return Asked(
+        document=document,
+        facts=state.describe(document),
+        place=place,
+        around=Around(above, below),
         trigger=trigger,
+        deleted=state.deleted,
+        refreshes=state.refreshes,
         activity_ms=state.activity_ms(),
     )
-    try:
-        completion = await state.link.complete(request)
-    except TabwiseError as error:
-        log.error("no completion: %s", error)
-        return None
-    if not completion.text:
-        return None
-    text = chosen + completion.text.replace("\n", _newline(document))
-    return _Answer(document, completion, start, end + completion.replaced_chars, text)
 
 
-def _newline(document: Document) -> str:
-    return "\r\n" if "\r\n" in document.text else "\n"
+def _position(document: Document, place: Place) -> tuple[int, int]:
+    return place.line, document.character(place)
 
 
 def _range(answer: _Answer) -> types.Range:
-    document = answer.document
-    line, start = document.position(answer.start)
     # On one line, as the protocol wants it: what is replaced never reaches beyond the cursor's line.
-    end = start + length(document.text[answer.start : answer.end], document.units)
-    return types.Range(types.Position(line, start), types.Position(line, end))
+    ends = (_position(answer.document, place) for place in (answer.start, answer.end))
+    return types.Range(*(types.Position(line, character) for line, character in ends))

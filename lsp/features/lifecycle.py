@@ -34,6 +34,7 @@ def register(server: LanguageServer, state: State) -> None:
         options = params.initialization_options
         state.link.on_loading = lambda: state.spawn(_show_loading(server, state))
         state.settings.start(options.get(SECTION, options) if isinstance(options, dict) else options)
+        state.refreshes = _refreshes(params.capabilities.experimental)
         text_document = params.capabilities.text_document
         if text_document is None or text_document.inline_completion is None:
             inline_completion.register_list(server, state)
@@ -143,6 +144,12 @@ def _show(server: LanguageServer, message: str) -> None:
 def _can_ask(server: LanguageServer) -> bool:
     workspace = server.client_capabilities.workspace
     return bool(workspace and workspace.configuration)
+
+
+def _refreshes(experimental: object) -> bool:
+    # Whatever a client puts there arrives as a dictionary or, from pygls's converter, as an object with attributes.
+    ours = experimental.get(SECTION) if isinstance(experimental, dict) else getattr(experimental, SECTION, None)
+    return bool(ours.get("refresh") if isinstance(ours, dict) else getattr(ours, "refresh", False))
 
 
 def _units(params: types.InitializeParams) -> Units:

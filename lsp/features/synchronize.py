@@ -27,6 +27,7 @@ def register(server: LanguageServer, state: State) -> None:
     @server.feature(types.TEXT_DOCUMENT_DID_CLOSE)
     def did_close(params: types.DidCloseTextDocumentParams) -> None:
         state.library.documents.pop(params.text_document.uri, None)
+        state.completions.forget(params.text_document.uri)
 
     @server.feature(types.NOTEBOOK_DOCUMENT_DID_OPEN)
     def notebook_did_open(params: types.DidOpenNotebookDocumentParams) -> None:
@@ -60,8 +61,11 @@ def _change(
     if document is None:
         log.warning("a change of a document that was never opened was ignored")
         return
-    state.library.documents[identifier.uri] = document.changed(identifier.version, map(_as_change, changes))
+    made = [_as_change(change) for change in changes]
+    state.library.documents[identifier.uri] = document.changed(identifier.version, made)
+    state.deleted = bool(made) and made[-1].start is not None and not made[-1].text
     state.last_change = time.monotonic()
+    state.completions.rhythm.key(state.last_change)
 
 
 def _as_change(change: types.TextDocumentContentChangeEvent) -> Change:

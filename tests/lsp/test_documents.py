@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsp.documents import Cell, Change, Document, Library, Notebook, Units, length
+from lsp.documents import Cell, Change, Document, Library, Notebook, Place, Units, length
 from tests.conftest import count
 
 CODEC = {Units.UTF8: ("utf-8", 1), Units.UTF16: ("utf-16-le", 2), Units.UTF32: ("utf-32-le", 4)}
@@ -74,10 +74,14 @@ def test_random_edits_give_what_the_reference_gives(
 @given(st.sampled_from(Units), TEXT)
 def test_every_place_is_found_again(units: Units, text: str) -> None:
     document = Document.opened("file:///a", "python", 0, text, units)
-    for offset in range(len(text) + 1):
-        if text[offset - 1 : offset + 1] == "\r\n":
-            continue  # within a line's end there is no place
-        assert document.offset(*document.position(offset)) == offset
+    assert document.between(Place(0, 0), document.end) == text
+    for number in range(document.n_lines):
+        for column in range(len(document.line(number)) + 1):
+            place = Place(number, column)
+            assert document.place(number, document.character(place)) == place
+            before = document.between(Place(0, 0), place)
+            assert before + document.between(place, document.end) == text
+            assert before == "".join(document.lines[:number]) + document.line(number)[:column]
 
 
 @settings(max_examples=count(1000), deadline=None)
@@ -101,19 +105,19 @@ def test_python_knows_more_line_ends_than_the_protocol() -> None:
 @pytest.mark.parametrize(("units", "character"), [(Units.UTF8, 4), (Units.UTF16, 2), (Units.UTF32, 1)])
 def test_a_character_beyond_the_basic_plane(units: Units, character: int) -> None:
     document = opened("𝄞x", units)
-    assert document.offset(0, character) == 1
-    assert document.position(1) == (0, character)
+    assert document.place(0, character) == Place(0, 1)
+    assert document.character(Place(0, 1)) == character
     if character > 1:
-        assert document.offset(0, character - 1) == 0
+        assert document.place(0, character - 1) == Place(0, 0)
 
 
 def test_places_beyond_the_text_are_moved_to_its_end() -> None:
     document = opened("ab\r\ncd")
-    assert document.offset(0, 99) == 2
-    assert document.offset(1, 99) == 6
-    assert document.offset(9, 0) == 6
-    assert document.offset(-1, 5) == 0
-    assert document.offset(0, -5) == 0
+    assert document.place(0, 99) == Place(0, 2)
+    assert document.place(1, 99) == Place(1, 2)
+    assert document.place(9, 0) == Place(1, 2)
+    assert document.place(-1, 5) == Place(0, 0)
+    assert document.place(0, -5) == Place(0, 0)
 
 
 def test_several_changes_see_one_another() -> None:

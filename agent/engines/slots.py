@@ -1,0 +1,45 @@
+"""Which of an engine's slots takes a prompt: the one that has most of it already, unless it is in use for another place.
+
+Knows token ids, no engine: it remembers what each slot was asked last, and trusts that the slot still holds it.
+"""
+
+from collections.abc import Sequence
+
+_SAME_PLACE = 0.75
+"""Share of a prompt that a slot must hold to be taken for work in advance. Typing on holds all of it but a token or two;
+another anchor in the same document holds no more than the text above, about two thirds."""
+
+
+class Slots:
+    """What the slots for completions hold."""
+
+    def __init__(self, count: int) -> None:
+        """Hold nothing yet, in `count` slots."""
+        self._held: list[tuple[int, ...]] = [()] * count
+        self._used = [0] * count  # at which request each was used last
+        self._requests = 0
+
+    def choose(self, prompt_ids: tuple[int, ...], *, ahead: bool) -> int:
+        """Return the slot for a prompt, and take note of it.
+
+        Args:
+            prompt_ids: The prompt.
+            ahead: Whether nobody waits for it. Then the prompt that was used last must not be lost for it.
+        """
+        self._requests += 1
+        shared = [common(held, prompt_ids) for held in self._held]
+        slots = range(len(self._held))
+        best = max(slots, key=lambda slot: (shared[slot], -self._used[slot]))
+        if ahead and shared[best] < _SAME_PLACE * len(prompt_ids):
+            best = min(slots, key=lambda slot: self._used[slot])
+        self._held[best] = prompt_ids
+        self._used[best] = self._requests
+        return best
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many items two sequences have in common at their beginning."""
+    shortest = min(len(one), len(other))
+    if one[:shortest] == other[:shortest]:
+        return shortest
+    return next(index for index in range(shortest) if one[index] != other[index])

@@ -1,0 +1,94 @@
+"""Where a prompt is anchored: the line up to which text above the cursor is head, and behind which it is live.
+
+The engine keeps a prompt's beginning computed up to the live text. So the anchor stays where it is for as long as
+possible: typing, new lines included, only makes the live text longer. It moves when the cursor goes above it, when the
+text above or behind changes, and when the live text has grown too long. Pure: knows documents, no engine.
+"""
+
+from dataclasses import dataclass
+
+from agent.context import Surroundings, normal_newlines, surroundings
+from lsp.documents import Document, Place
+
+WINDOW_LINES = 64
+"""The text above begins at a multiple of so many lines, so that its beginning moves rarely."""
+LIVE_CHARS = 800
+"""Most characters of live text, 200 tokens or so: as much again as a suffix, so that a prompt never doubles."""
+_ABOVE_CHARS = 24_000  # four times what the largest usual budget of tokens takes
+_BEHIND_CHARS = 8_000
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """An anchor in one document."""
+
+    top: int
+    """First line of the text above."""
+    line: int
+    """First line of the live text."""
+    head: str
+    """The lines from `top` to `line`, as a prompt has them."""
+    suffix: str
+    """The text behind the cursor, as a prompt has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """A document's text, cells of its notebook included, that lies beyond its ends."""
+
+    above: str = ""
+    below: str = ""
+
+
+def anchored(
+    document: Document, place: Place, before: Anchor | None, around: Around, chosen: str = ""
+) -> tuple[Anchor, Surroundings]:
+    """Return the anchor for a cursor, the one from before where it still holds, and the text around it.
+
+    Args:
+        document: The document now.
+        place: The cursor.
+        before: The anchor of the last request for this document.
+        around: What lies beyond the document's ends.
+        chosen: Text that is taken to stand before the cursor though it is not there yet.
+    """
+    if before is not None and before.line <= place.line < document.n_lines:
+        kept = _cut(document, place, before.top, before.line, around, chosen)
+        if len(kept.live) <= LIVE_CHARS and (kept.head, kept.suffix) == (before.head, before.suffix):
+            return before, kept
+    return anew(document, place, around, chosen)
+
+
+def anew(document: Document, place: Place, around: Around, chosen: str = "") -> tuple[Anchor, Surroundings]:
+    """Return an anchor at the cursor's line, and the text around it."""
+    top = _top(document, place)
+    cut = _cut(document, place, top, place.line, around, chosen)
+    return Anchor(top, place.line, cut.head, cut.suffix), cut
+
+
+def _cut(document: Document, place: Place, top: int, line: int, around: Around, chosen: str) -> Surroundings:
+    head = "".join(document.lines[top:line])[-_ABOVE_CHARS:]
+    if top == 0:
+        head = around.above[-_ABOVE_CHARS:] + head
+    live = document.between(Place(line, 0), place)[-_ABOVE_CHARS:] + chosen
+    last = place.line
+    n_chars = 0
+    while last < document.n_lines and n_chars <= _BEHIND_CHARS:
+        n_chars += len(document.lines[last])
+        last += 1
+    behind = document.between(place, Place(last - 1, len(document.lines[last - 1])))[:_BEHIND_CHARS]
+    if last == document.n_lines:
+        behind += around.below[:_BEHIND_CHARS]
+    head = normal_newlines(head)
+    return surroundings(head + live, behind, len(head))
+
+
+def _top(document: Document, place: Place) -> int:
+    top = place.line - place.line % WINDOW_LINES
+    n_chars = sum(map(len, document.lines[top : place.line]))
+    while top > 0:
+        n_chars += sum(map(len, document.lines[top - WINDOW_LINES : top]))
+        if n_chars > _ABOVE_CHARS:
+            break
+        top -= WINDOW_LINES
+    return top

@@ -1,0 +1,349 @@
+"""Ghost text for one editor: what is known already, what is being written, and what must be asked for.
+
+A request is first answered from the cache; where an engine is writing what was typed so far, it is joined; otherwise the
+engine is asked, and what it was writing for this document is given up. An answer may be given while its text still
+grows, to clients that can ask again when it is whole. When nobody waits, the engine writes what follows the text on
+screen, and reads the place where the cursor rests. Knows no protocol.
+
+Invariant: for each document at most one stream of the daemon is open.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from agent import postprocess
+from agent.context import Surroundings
+from agent.errors import TabwiseError
+from agent.types import Completion, CompletionRequest, StopReason, Trigger
+from agent.types import Document as DocumentFacts
+from lsp import anchors, triggers
+from lsp.agent_link import AgentLink
+from lsp.anchors import LIVE_CHARS, Anchor, Around
+from lsp.cache import Cache, Entry, Key
+from lsp.documents import Document, Place
+from lsp.triggers import Patience, Rhythm, Shown
+
+log = logging.getLogger(__name__)
+
+_EARLY_S = 0.1
+"""A client that can ask again gets what is there after this long: sooner would flicker for lines that are nearly whole,
+later comes after the next key."""
+_EARLY_CHARS = 2  # visible ones; as the filters hold it for whole texts
+_GRACE_S = 0.3  # for the next request to come and join what the one that was cancelled waited for
+_REST_S = 0.15  # after which a cursor that moved is taken to rest
+_REANCHOR_S = 1.0  # without a key, before a new anchor is read; who pauses for so long thinks
+_SESSIONS = 64  # documents whose completions are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as the features make it."""
+
+    document: Document
+    facts: DocumentFacts
+    place: Place
+    around: Around
+    trigger: Trigger
+    chosen: str = ""
+    """Text that is taken to stand before the cursor though it is not there yet."""
+    deleted: bool = False
+    """Whether the last change took text away."""
+    refreshes: bool = False
+    """Whether the client asks again when it is told that a text has grown."""
+    activity_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What to show."""
+
+    text: str
+    replaced_chars: int
+
+
+@dataclass(slots=True)
+class _Writing:
+    """A stream of the daemon's that writes an entry."""
+
+    key: Key
+    entry: Entry
+    ahead: bool
+    task: asyncio.Task[None] | None = None
+    grew: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def tell(self) -> None:
+        """Wake whoever waits for more."""
+        self.grew.set()
+        self.grew = asyncio.Event()
+
+
+@dataclass(slots=True)
+class _Session:
+    """One document."""
+
+    cache: Cache = field(default_factory=Cache)
+    anchor: Anchor | None = None
+    writing: _Writing | None = None
+    waiting: int = 0
+    """Requests that wait for what is being written."""
+    shown: Shown | None = None
+    partial: tuple[Asked, str] | None = None
+    """A request that was answered while its text still grew, and the answer."""
+    resting: asyncio.Task[None] | None = None
+
+
+class Completions:
+    """The completions of one editor."""
+
+    def __init__(self, link: AgentLink, clock: Callable[[], float] = time.monotonic) -> None:
+        """Know nothing yet."""
+        self.on_grown: Callable[[Document], None] | None = None
+        """Called when a text that was answered early is whole."""
+        self.rhythm = Rhythm()
+        self.patience = Patience()
+        self._link = link
+        self._clock = clock
+        self._sessions: dict[str, _Session] = {}
+
+    def forget(self, uri: str) -> None:
+        """A document was closed."""
+        session = self._sessions.pop(uri, None)
+        if session is not None:
+            self._give_up(session)
+            self._disturb(session)
+
+    async def offer(self, asked: Asked) -> Offer | None:
+        """Return what to show at a cursor, or None for nothing.
+
+        Raises:
+            TabwiseError: The daemon has no answer.
+        """
+        session = self._session(asked.document.uri)
+        self._disturb(session)
+        before = session.anchor
+        session.anchor, around = anchors.anchored(asked.document, asked.place, before, asked.around, asked.chosen)
+        key = _key(around, asked.trigger)
+        self._learn(session, key, around.live)
+        entry = await self._known(session, asked, key, around)
+        if entry is None:
+            return None
+        piece = entry.piece(around.live)
+        text, _ = postprocess.present(piece, around)
+        if asked.trigger is Trigger.AUTOMATIC and self.patience.was_rejected(around.live, text):
+            text = ""
+        settled = entry.is_settled(around.live)
+        session.partial = None if settled else (asked, text)
+        if text:
+            session.shown = Shown(key, around.live, text, self._clock())
+        if settled:
+            self._look_ahead(session, asked, key, entry, around)
+        return Offer(text, postprocess.replaced_chars(text, around)) if text else None
+
+    def rest(self, asked: Asked) -> None:
+        """The cursor moved without a key: have its place read, in case somebody types there."""
+        session = self._session(asked.document.uri)
+        self._disturb(session)
+        session.resting = asyncio.create_task(self._read(session, asked, _REST_S))
+
+    async def _known(self, session: _Session, asked: Asked, key: Key, around: Surroundings) -> Entry | None:
+        """Return the entry with what follows the live text, once there is enough of it; None where nothing does."""
+        live = around.live
+        early = self._clock() + _EARLY_S if asked.refreshes else None
+        may_ask = True
+        session.waiting += 1
+        try:
+            while True:
+                entry = session.cache.find(key, live)
+                writing = session.writing
+                if entry is not None and entry.piece(live) and entry.is_settled(live):
+                    return entry
+                if entry is not None and not entry.growing and entry.ended:
+                    return entry
+                if entry is not None and entry.growing and writing is not None and writing.entry is entry:
+                    left = None if early is None or not _is_visible(entry.piece(live)) else early - self._clock()
+                    if left is not None and left <= 0:
+                        return entry
+                    await _wait(writing.grew, left)
+                    continue
+                if not may_ask or (asked.trigger is Trigger.AUTOMATIC and triggers.is_in_the_way(around)):
+                    return entry
+                if wait_s := self._wait_s(asked):
+                    await asyncio.sleep(wait_s)
+                may_ask = False
+                self._ask(session, asked, key, around)
+        except asyncio.CancelledError:
+            if session.writing is not None and not session.writing.ahead:
+                asyncio.get_running_loop().call_later(_GRACE_S, self._give_up_unwanted, session, session.writing)
+            raise
+        finally:
+            session.waiting -= 1
+
+    def _wait_s(self, asked: Asked) -> float:
+        if asked.trigger is Trigger.MANUAL:
+            return 0.0
+        now = self._clock()
+        return max(self.rhythm.wait_s(), self.patience.wait_s(now), triggers.wait_after_deletion_s(asked.deleted))
+
+    def _ask(self, session: _Session, asked: Asked, key: Key, around: Surroundings) -> None:
+        self._give_up(session)
+        entry = session.cache.add(key, around.live)
+        request = _request(asked, around, around.live)
+        self._write(session, _Writing(key, entry, ahead=False), request)
+
+    def _look_ahead(self, session: _Session, asked: Asked, key: Key, entry: Entry, around: Surroundings) -> None:
+        """Have written what follows the text on screen, as if it were accepted."""
+        on_screen = len(around.live) + len(entry.piece(around.live))
+        if session.writing is not None or entry.ended or on_screen < len(entry.text):
+            self._move_anchor(session, asked, around)
+            return
+        entry.growing = True
+        request = _request(asked, around, entry.text, ahead=True)
+        self._write(session, _Writing(key, entry, ahead=True), request)
+        self._move_anchor(session, asked, around)
+
+    def _move_anchor(self, session: _Session, asked: Asked, around: Surroundings) -> None:
+        if len(around.live) > LIVE_CHARS // 2 and not asked.chosen:
+            session.resting = asyncio.create_task(self._read(session, asked, _REANCHOR_S))
+
+    async def _read(self, session: _Session, asked: Asked, after_s: float) -> None:
+        """Have a prompt read into the engine's cache, anchored anew, and type on from there."""
+        await asyncio.sleep(after_s)
+        old = session.anchor
+        new, around = anchors.anew(asked.document, asked.place, asked.around)
+        if old is not None and after_s == _REST_S:
+            _, kept = anchors.anchored(asked.document, asked.place, old, asked.around)
+            if kept.head == old.head:
+                return  # the cursor moved within what is read already
+        writing = session.writing
+        if writing is not None and writing.task is not None:
+            await asyncio.wait({writing.task})
+        request = _request(asked, around, around.live, ahead=True, max_tokens=0)
+        try:
+            async with aclosing(self._link.complete(request)) as parts:
+                async for part in parts:
+                    if not isinstance(part, Completion) or part.stop_reason is StopReason.CANCELLED:
+                        return
+        except TabwiseError as error:
+            log.info("nothing was read ahead: %s", error)
+            return
+        if old is not None and new.head.startswith(old.head):
+            session.cache.move((old.head, old.suffix), (new.head, new.suffix), new.head[len(old.head) :])
+        session.anchor = new
+
+    def _write(self, session: _Session, writing: _Writing, request: CompletionRequest) -> None:
+        session.writing = writing
+        writing.task = asyncio.create_task(self._stream(session, writing, request))
+
+    async def _stream(self, session: _Session, writing: _Writing, request: CompletionRequest) -> None:
+        entry, began = writing.entry, self._clock()
+        base = len(entry.text)
+        done: Completion | None = None
+        try:
+            async with aclosing(self._link.complete(request)) as parts:
+                async for part in parts:
+                    if isinstance(part, Completion):
+                        done = part
+                        break
+                    if len(entry.text) == base and not writing.ahead:
+                        self.rhythm.first_text(self._clock() - began)
+                    entry.text += part
+                    writing.tell()
+        except TabwiseError as error:
+            log.error("no completion: %s", error)
+        finally:
+            self._settle(session, writing, base, done)
+
+    def _settle(self, session: _Session, writing: _Writing, base: int, done: Completion | None) -> None:
+        entry = writing.entry
+        entry.growing = False
+        if session.writing is writing:
+            session.writing = None
+        if done is None or done.stop_reason is StopReason.CANCELLED:
+            entry.text = entry.text[: entry.end]
+            if not writing.ahead and entry.end == entry.start:
+                session.cache.drop(writing.key, entry)
+        else:
+            entry.settle(base, done.settled, done.beyond)
+            entry.ended = not done.settled or done.stop_reason in _NOTHING_FOLLOWS
+        writing.tell()
+        if session.partial is not None and done is not None:
+            asked, _ = session.partial
+            session.partial = None
+            if self.on_grown is not None:
+                self.on_grown(asked.document)
+
+    def _learn(self, session: _Session, key: Key, live: str) -> None:
+        shown, now = session.shown, self._clock()
+        if shown is None:
+            return
+        fate = shown.fate(key, live, now)
+        if fate is None:
+            if key != shown.key or not live.startswith(shown.live):
+                session.shown = None
+            return
+        session.shown = None
+        if fate:
+            self.patience.accepted(now)
+        else:
+            self.patience.rejected(shown.live, shown.text, now)
+
+    def _session(self, uri: str) -> _Session:
+        session = self._sessions.pop(uri, None) or _Session()
+        self._sessions[uri] = session
+        while len(self._sessions) > _SESSIONS:
+            self.forget(next(iter(self._sessions)))
+        return session
+
+    def _give_up_unwanted(self, session: _Session, writing: _Writing) -> None:
+        if session.writing is writing and not session.waiting and session.partial is None:
+            self._give_up(session)
+
+    def _give_up(self, session: _Session) -> None:
+        if session.writing is not None and session.writing.task is not None:
+            session.writing.task.cancel()
+            session.writing = None
+
+    def _disturb(self, session: _Session) -> None:
+        if session.resting is not None:
+            session.resting.cancel()
+            session.resting = None
+
+
+_NOTHING_FOLLOWS = {StopReason.END, StopReason.SUFFIX, StopReason.REPETITION}
+
+
+def _key(around: Surroundings, trigger: Trigger) -> Key:
+    # What is asked for by key may have several lines where other requests have one.
+    return (around.head, around.suffix + ("\0" if trigger is Trigger.MANUAL else ""))
+
+
+def _request(
+    asked: Asked, around: Surroundings, live: str, *, ahead: bool = False, max_tokens: int | None = None
+) -> CompletionRequest:
+    return CompletionRequest(
+        id=uuid.uuid4().hex,
+        document=asked.facts,
+        prefix=around.head + live,
+        suffix=around.closers + around.suffix if live == around.live else around.suffix,
+        trigger=asked.trigger,
+        anchor=len(around.head),
+        activity_ms=asked.activity_ms,
+        ahead=ahead,
+        max_tokens=max_tokens,
+    )
+
+
+def _is_visible(text: str) -> bool:
+    return len("".join(text.split())) >= _EARLY_CHARS
+
+
+async def _wait(event: asyncio.Event, seconds: float | None) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        return
