@@ -100,6 +100,7 @@ class Arbiter:
             prefill_tokens=last.done_tokens - last.cached_tokens,
             cached_tokens=last.cached_tokens,
             decoded_tokens=n_decoded,
+            gave_way=True,
         )
 
     async def _between(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:

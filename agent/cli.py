@@ -345,11 +345,55 @@ def bench_explain(as_json: Json = False) -> None:
     _show_figures(asyncio.run(benchmarks.explain()), as_json)
 
 
+@bench.command("overhead")
+def bench_overhead(as_json: Json = False) -> None:
+    """What server and daemon add to a bare round trip, with an engine that takes no time; needs a checkout."""
+    _show_figures(_language_server_bench("overhead"), as_json)
+
+
+@bench.command("keystrokes")
+def bench_keystrokes(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Files whose typing is replayed.")],
+    keys: Annotated[int, typer.Option(help="Keystrokes in each file.")] = 300,
+    seed: Annotated[int, typer.Option(help="Chooses the places, the rhythm and the slips.")] = 1,
+    peer: Annotated[str | None, typer.Option(help="Hold it against `llamacpp`, driven as llama.vim does.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Most new tokens of a completion, for both.")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Replay typing in real time: how much of it ghost text foresaw, and how soon it was there."""
+    options = [f"--keys={keys}", f"--seed={seed}", f"--new-tokens={new_tokens}"]
+    options += [f"--peer={peer}"] if peer else []
+    options += ["--json"] if as_json else []
+    command = [sys.executable, "-m", "lsp.keystrokes.bench", *options, "--", *map(str, files)]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+@bench.command("fim")
+def bench_fim(
+    data: Annotated[Path, typer.Option(help="Tasks of HumanEval-Infilling, .jsonl or .jsonl.gz.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Most tasks, evenly spread over the file.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Plain prompts, no pipeline.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fill in the middle of programs, and run their tests, in a subprocess with limits."""
+    from agent import fim_bench
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as progress:
+        task = progress.add_task("tasks", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        figures = asyncio.run(fim_bench.run(data, limit=limit, raw=raw, advance=advance))
+    _show_figures(figures, as_json)
+
+
 def _language_server_bench(name: str) -> dict[str, Any]:
-    # A process: what measures the language server knows its protocol, which the agent must not.
-    done = subprocess.run([sys.executable, "-m", "lsp.bench", name], capture_output=True, text=True, check=False)
+    # A process: what measures the language server knows its protocol, which the agent must not. Its progress is seen.
+    done = subprocess.run([sys.executable, "-m", "lsp.bench", name], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
-        raise DaemonError(f"the benchmark failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise DaemonError(f"the benchmark failed with status {done.returncode}; what it said stands above")
     figures: dict[str, Any] = json.loads(done.stdout)
     return figures
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from agent import context, fim, healing, postprocess, stopping
+from agent import context, filters, fim, healing, postprocess, stopping, syntax
 from agent.config import CompletionSettings
 from agent.context import Surroundings
 from agent.engines.base import Decoded, Finished, GenerationRequest, Prefilled, Token
@@ -19,6 +19,7 @@ from agent.types import Completion, CompletionRequest, Generation, Snippet, Sour
 
 _TOKEN_CHARS = 6  # more than a token of code has on average: what is longer by this need not be counted to be too long
 _TRIES_TO_FIT = 8  # each halves the error of the estimate; more are never needed
+_BRIEF = 3  # a third of the usual prompt is read in 1.5 s on two cores: the pause after a jump is about as long
 _FRAME_TOKENS = 64  # for sentinels and the paths of snippets
 _DETOURS = 4  # healed tokens that may be forced before the text is taken as it stands
 
@@ -62,6 +63,8 @@ class _Trace:
     ended: bool = False
     healed: bool = False
     """Whether the model has written again what was taken back."""
+    gave_way: bool = False
+    """Whether the engine was wanted by somebody who waits."""
     _read_tokens: int | None = None
     """How much of the prompt under way is in the cache; None before the engine has told."""
 
@@ -82,6 +85,10 @@ class _Trace:
             self.cached_tokens = event.cached_tokens
         self.prefill_tokens += max(0, event.done_tokens - self._read_tokens)
         self._read_tokens = max(self._read_tokens, event.done_tokens)
+
+    def finished(self, event: Finished) -> None:
+        """Take note of how a stream of the engine's ended."""
+        self.ended, self.gave_way = event.ended, event.gave_way
 
     def decoded(self, event: Decoded) -> None:
         """Count tokens that belong to the output."""
@@ -116,7 +123,7 @@ async def complete(
         )
         return
     around = context.surroundings(request.prefix, request.suffix, request.anchor)
-    multiline = context.wants_block(around) if request.multiline is None else request.multiline
+    multiline = _wants_block(request, around) if request.multiline is None else request.multiline
     rules = stopping.rules_for(around, multiline=multiline, max_lines=settings.block_lines)
     trace = _Trace()
     text, told, first_text_ms = "", "", None
@@ -130,7 +137,7 @@ async def complete(
                     first_text_ms = _ms(started)
                 stop = stopping.find_stop(text, rules)
                 sure = text[: stop.end if stop else _sure(text, multiline=multiline)]
-                if (settled := postprocess.align_indent(sure, around)).startswith(told) and settled != told:
+                if (settled := filters.align_indent(sure, around)).startswith(told) and settled != told:
                     yield settled[len(told) :]
                     told = settled
                 if stop:
@@ -139,8 +146,8 @@ async def complete(
         if spent is not None:
             spent.add(trace)
     whole, reason = _ending(text, stop, rules, ended=trace.ended)
-    if request.ahead and stop is None and not trace.ended and trace.decoded_tokens < budget:
-        reason = StopReason.CANCELLED  # it gave way to somebody who waits
+    if trace.gave_way:
+        reason = StopReason.CANCELLED
     settled, dropped_by = postprocess.settle(whole, around, cut_short=reason is StopReason.BUDGET)
     shown, hidden_by = postprocess.present(settled, around)
     completion = Completion(
@@ -155,6 +162,14 @@ async def complete(
         _beyond(text, whole, settled),
     )
     yield Completed(completion, _facts(loaded, request.id, trace))
+
+
+def _wants_block(request: CompletionRequest, around: Surroundings) -> bool:
+    # The indentation is asked first: it costs nothing, and a block is only possible where it says so.
+    if not context.wants_block(around):
+        return False
+    known = syntax.wants_block(request.document.language, request.prefix, request.suffix)
+    return True if known is None else known
 
 
 def _budget(loaded: LoadedModel, request: CompletionRequest, settings: CompletionSettings, *, multiline: bool) -> int:
@@ -209,7 +224,7 @@ async def _write(
         async with aclosing(_healed(loaded, healed, budget, trace, ahead=request.ahead)) as parts:
             async for part in parts:
                 yield part
-        if trace.healed:
+        if trace.healed or trace.gave_way:
             return
     live_ids = tuple(token.id for token in live)
     trace.begin((*prompt_ids, *live_ids))
@@ -226,6 +241,8 @@ async def _read(loaded: LoadedModel, request: CompletionRequest, trace: _Trace) 
         async for event in stream:
             if isinstance(event, Prefilled):
                 trace.prefilled(event)
+            elif isinstance(event, Finished):
+                trace.finished(event)
 
 
 async def _healed(
@@ -247,7 +264,7 @@ async def _healed(
                 if isinstance(event, Prefilled):
                     trace.prefilled(event)
                 elif isinstance(event, Finished):
-                    trace.ended = event.ended
+                    trace.finished(event)
                 elif event.ids[-1] in loaded.stop_ids:
                     trace.ended = True
                     break
@@ -277,7 +294,7 @@ async def _unhealed(loaded: LoadedModel, budget: int, trace: _Trace, *, ahead: b
             if isinstance(event, Prefilled):
                 trace.prefilled(event)
             elif isinstance(event, Finished):
-                trace.ended = event.ended
+                trace.finished(event)
             elif event.ids[-1] in loaded.stop_ids:
                 trace.ended = True
                 return
@@ -296,8 +313,9 @@ async def _prompt(
     """Return the ids of the prompt without the live text, and the tokens of the live text."""
     # Whatever the settings say, the parts fit together: a half, a quarter, an eighth and an eighth of what is left.
     room = loaded.engine.context_tokens - budget - _FRAME_TOKENS
-    head = await _fit(loaded, around.head, min(settings.prefix_tokens, room // 2), keep_end=True)
-    suffix = await _fit(loaded, around.suffix, min(settings.suffix_tokens, room // 4), keep_end=False)
+    share = _BRIEF if request.brief else 1
+    head = await _fit(loaded, around.head, min(settings.prefix_tokens // share, room // 2), keep_end=True)
+    suffix = await _fit(loaded, around.suffix, min(settings.suffix_tokens // share, room // 4), keep_end=False)
     snippets = await _fit_snippets(loaded, request.snippets, min(settings.snippet_tokens, room // 8))
     pieces = fim.render(
         loaded.fim,

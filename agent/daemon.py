@@ -31,6 +31,8 @@ from agent.version import __version__
 
 log = logging.getLogger(__name__)
 
+_PART_S = 0.005
+"""Text that comes faster than this is sent together: sending takes as long as half of it, at both ends."""
 _GENERATIONS = 1024  # facts of the latest generations that are kept for feedback: some hours of typing, about 10 MB
 
 
@@ -159,6 +161,7 @@ async def _complete(daemon: Daemon, request: Request) -> Response:
     async def parts() -> AsyncGenerator[bytes, None]:
         if daemon.host.loaded is None:
             yield wire.line(state=HostState.LOADING.value)
+        held, sent = "", 0.0
         async with (
             daemon.host.use() as loaded,
             aclosing(completer.complete(loaded, asked, daemon.settings.completion, spent)) as stream,
@@ -181,7 +184,10 @@ async def _complete(daemon: Daemon, request: Request) -> Response:
                     )
                     yield wire.line(completion=part.completion)
                 else:
-                    yield wire.line(text=part)
+                    held += part
+                    if time.monotonic() - sent >= _PART_S:
+                        yield wire.line(text=held)
+                        held, sent = "", time.monotonic()
 
     return http_io.lines(daemon.open_requests, parts())
 

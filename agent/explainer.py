@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from agent import postprocess
+from agent import filters
 from agent.config import ExplainSettings
 from agent.context import is_secret, normal_newlines, surroundings
 from agent.engines.base import Decoded, Finished, GenerationRequest, Prefilled, Task
@@ -168,7 +168,7 @@ def _loops(text: str) -> bool:
     if not text.endswith("\n") or len(text) < _LOOP_CHECK_CHARS:
         return False
     body = text.rstrip()
-    return postprocess.drop_repeating_tail(body, surroundings("", "")) != body
+    return filters.drop_repeating_tail(body, surroundings("", "")) != body
 
 
 def _ms(started: float) -> float:

@@ -85,9 +85,9 @@ class Streamed(Response):
                 await send(start)
                 async for part in parts:
                     # A client that does not read must not hold the engine's turn.
-                    sent = send({"type": "http.response.body", "body": part, "more_body": True})
                     try:
-                        await asyncio.wait_for(sent, _SEND_S)
+                        async with asyncio.timeout(_SEND_S):
+                            await send({"type": "http.response.body", "body": part, "more_body": True})
                     except TimeoutError:
                         log.warning("a client took nothing for %.0f s; its request was given up", _SEND_S)
                         return

@@ -82,6 +82,8 @@ class CompletionRequest:
     """Whether several lines are wanted; decided from the text around the cursor if None."""
     max_tokens: int | None = None
     """Allowance of new tokens; the configured one if None. With 0 the prompt is only read into the cache."""
+    brief: bool = False
+    """Whether a short prompt will do: at a place that is new, reading a long one would take seconds."""
     ahead: bool = False
     """Whether it is asked in advance, while nobody waits for it: it gives way to whatever else is asked."""
 

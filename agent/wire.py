@@ -7,6 +7,7 @@ the answer, or `{"error": …}`.
 import json
 import re
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -48,13 +49,18 @@ def structure(kind: type[T], data: bytes | dict[str, Any]) -> T:
     Raises:
         RequestError: It does not fit; names every field that is wrong, and no text of documents.
     """
-    adapter = TypeAdapter(kind)
+    adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]  # a class can be hashed
     try:
         return adapter.validate_json(data) if isinstance(data, bytes) else adapter.validate_python(data)
     except ValidationError as error:
         # Without the values: they may be text of the user's, and messages go to the log.
         wrong = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'body'}: {item['msg']}" for item in error.errors())
         raise RequestError(f"the request does not fit {kind.__name__}: {wrong}") from None
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)  # takes milliseconds to make
 
 
 def plain(value: Any) -> dict[str, Any]:

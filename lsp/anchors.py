@@ -30,6 +30,8 @@ class Anchor:
     """The lines from `top` to `line`, as a prompt has them."""
     suffix: str
     """The text behind the cursor, as a prompt has it."""
+    brief: bool = True
+    """Whether prompts are short here: the engine has not read the long one yet."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Benchmarks of the language server: `tabwise bench start`, `tabwise bench cancel`.
+"""Benchmarks of the language server: `tabwise bench start`, `tabwise bench cancel`; `overhead` is in `overhead.py`.
 
 Each prints one JSON object; ratios are measured side by side, turn by turn, in one run. Real processes only.
 """
@@ -9,11 +9,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lsprotocol import types
 from pygls.exceptions import JsonRpcRequestCancelled
 from pygls.lsp.client import LanguageClient
+
+from agent.errors import TabwiseError
 
 RUNS = 10
 
@@ -103,5 +106,14 @@ def _whole(text: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    name = sys.argv[1]
-    sys.stdout.write(json.dumps(start() if name == "start" else asyncio.run(cancel())) + "\n")
+    from lsp.overhead import overhead
+
+    benchmarks: dict[str, Callable[[], dict[str, Any]]] = {
+        "start": start,
+        "cancel": lambda: asyncio.run(cancel()),
+        "overhead": overhead,
+    }
+    try:
+        sys.stdout.write(json.dumps(benchmarks[sys.argv[1]]()) + "\n")
+    except TabwiseError as error:
+        sys.exit(f"tabwise: {error}")

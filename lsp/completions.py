@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from agent import postprocess
 from agent.context import Surroundings
@@ -36,7 +36,7 @@ later comes after the next key."""
 _EARLY_CHARS = 2  # visible ones; as the filters hold it for whole texts
 _GRACE_S = 0.3  # for the next request to come and join what the one that was cancelled waited for
 _REST_S = 0.15  # after which a cursor that moved is taken to rest
-_REANCHOR_S = 1.0  # without a key, before a new anchor is read; who pauses for so long thinks
+_REANCHOR_S = 0.7  # without a key, before a longer prompt is read; who pauses for so long thinks
 _SESSIONS = 64  # documents whose completions are kept
 
 
@@ -192,7 +192,7 @@ class Completions:
     def _ask(self, session: _Session, asked: Asked, key: Key, around: Surroundings) -> None:
         self._give_up(session)
         entry = session.cache.add(key, around.live)
-        request = _request(asked, around, around.live)
+        request = _request(asked, around, around.live, brief=session.anchor is None or session.anchor.brief)
         self._write(session, _Writing(key, entry, ahead=False), request)
 
     def _look_ahead(self, session: _Session, asked: Asked, key: Key, entry: Entry, around: Surroundings) -> None:
@@ -202,38 +202,46 @@ class Completions:
             self._move_anchor(session, asked, around)
             return
         entry.growing = True
-        request = _request(asked, around, entry.text, ahead=True)
+        brief = session.anchor is None or session.anchor.brief
+        request = _request(asked, around, entry.text, ahead=True, brief=brief)
         self._write(session, _Writing(key, entry, ahead=True), request)
         self._move_anchor(session, asked, around)
 
     def _move_anchor(self, session: _Session, asked: Asked, around: Surroundings) -> None:
-        if len(around.live) > LIVE_CHARS // 2 and not asked.chosen:
+        anchor = session.anchor
+        if anchor is not None and not asked.chosen and (anchor.brief or len(around.live) > LIVE_CHARS // 2):
             session.resting = asyncio.create_task(self._read(session, asked, _REANCHOR_S))
 
     async def _read(self, session: _Session, asked: Asked, after_s: float) -> None:
-        """Have a prompt read into the engine's cache, anchored anew, and type on from there."""
+        """Have the prompt of a place read into the engine's cache: a short one first where nothing of it is there."""
         await asyncio.sleep(after_s)
+        if session.writing is not None and session.writing.task is not None:
+            await asyncio.wait({session.writing.task})
         old = session.anchor
-        new, around = anchors.anew(asked.document, asked.place, asked.around)
-        if old is not None and after_s == _REST_S:
-            _, kept = anchors.anchored(asked.document, asked.place, old, asked.around)
-            if kept.head == old.head:
-                return  # the cursor moved within what is read already
-        writing = session.writing
-        if writing is not None and writing.task is not None:
-            await asyncio.wait({writing.task})
-        request = _request(asked, around, around.live, ahead=True, max_tokens=0)
+        anchor, around = anchors.anchored(asked.document, asked.place, old, asked.around)
+        is_new = anchor is not old
+        if not is_new and len(around.live) > LIVE_CHARS // 2:
+            anchor, around = anchors.anew(asked.document, asked.place, asked.around)
+        elif not is_new and not anchor.brief:
+            return
+        for brief in (True, False) if is_new else (False,):
+            request = _request(asked, around, around.live, ahead=True, max_tokens=0, brief=brief)
+            if not await self._was_read(request):
+                return
+            if old is not None and anchor.head.startswith(old.head) and anchor.head != old.head:
+                above = anchor.head[len(old.head) :]
+                session.cache.move((old.head, old.suffix), (anchor.head, anchor.suffix), above)
+            session.anchor = old = replace(anchor, brief=brief)
+
+    async def _was_read(self, request: CompletionRequest) -> bool:
         try:
             async with aclosing(self._link.complete(request)) as parts:
                 async for part in parts:
-                    if not isinstance(part, Completion) or part.stop_reason is StopReason.CANCELLED:
-                        return
+                    if isinstance(part, Completion):
+                        return part.stop_reason is not StopReason.CANCELLED
         except TabwiseError as error:
             log.info("nothing was read ahead: %s", error)
-            return
-        if old is not None and new.head.startswith(old.head):
-            session.cache.move((old.head, old.suffix), (new.head, new.suffix), new.head[len(old.head) :])
-        session.anchor = new
+        return False
 
     def _write(self, session: _Session, writing: _Writing, request: CompletionRequest) -> None:
         session.writing = writing
@@ -323,7 +331,13 @@ def _key(around: Surroundings, trigger: Trigger) -> Key:
 
 
 def _request(
-    asked: Asked, around: Surroundings, live: str, *, ahead: bool = False, max_tokens: int | None = None
+    asked: Asked,
+    around: Surroundings,
+    live: str,
+    *,
+    brief: bool,
+    ahead: bool = False,
+    max_tokens: int | None = None,
 ) -> CompletionRequest:
     return CompletionRequest(
         id=uuid.uuid4().hex,
@@ -333,6 +347,7 @@ def _request(
         trigger=asked.trigger,
         anchor=len(around.head),
         activity_ms=asked.activity_ms,
+        brief=brief,
         ahead=ahead,
         max_tokens=max_tokens,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from agent.catalog import LocalModel
 from agent.engines.base import Alternative, Decoded, Engine, Event, Finished, GenerationRequest, Prefilled, Token
 from agent.errors import PromptTooLongError
-from agent.types import Chat
+from agent.types import Chat, Completion, CompletionRequest, Source, StopReason, Timing
 
 SPECIALS = (
     "<|fim_prefix|>",
@@ -148,3 +148,33 @@ async def load_fake(model: LocalModel) -> Engine:
     del model
     token_s, batch_s = (float(os.environ.get(name, "0")) for name in ("FAKE_TOKEN_S", "FAKE_BATCH_S"))
     return FakeEngine(say=scripted, token_s=token_s, batch_s=batch_s)
+
+
+@dataclass
+class FakeLink:
+    """A line to a daemon that writes what `say` returns for a request's text before the cursor, at a pace."""
+
+    say: Say
+    character_s: float = 0.0
+    requests: list[CompletionRequest] = field(default_factory=list)
+    given_up: int = 0
+    gives_way: bool = False
+    """Whether what is asked in advance is broken off after its first character."""
+
+    async def complete(self, request: CompletionRequest) -> AsyncGenerator[str | Completion, None]:
+        self.requests.append(request)
+        text, done = self.say(request.prefix), False
+        reason = StopReason.LINE if text else StopReason.END
+        try:
+            for character in text if request.max_tokens != 0 else "":
+                await asyncio.sleep(self.character_s)
+                yield character
+                if request.ahead and self.gives_way:
+                    reason = StopReason.CANCELLED
+                    break
+            await asyncio.sleep(0)
+            done = True
+            timing = Timing(0, None, 0, 0, 0)
+            yield Completion(request.id, text, Source.ENGINE, reason, timing, settled=text)
+        finally:
+            self.given_up += not done

@@ -74,10 +74,12 @@ class Finished:
     """The stream is over."""
 
     ended: bool
-    """True where the model ended the text itself; False where `max_tokens` were spent, or where it gave way."""
+    """True where the model ended the text itself."""
     prefill_tokens: int
     cached_tokens: int
     decoded_tokens: int
+    gave_way: bool = False
+    """Whether it was broken off for somebody who waits."""
 
 
 Event = Prefilled | Decoded | Finished

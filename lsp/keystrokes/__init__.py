@@ -1,0 +1,1 @@
+"""Typing that is replayed in real time, to measure ghost text: `tabwise bench keystrokes`."""

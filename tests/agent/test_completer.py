@@ -234,3 +234,50 @@ async def test_a_senseless_allowance_does_not_run_for_ever() -> None:
     _, done = await run(engine, "█\n", max_tokens=-5)
     assert done.completion.stop_reason is StopReason.BUDGET
     assert engine.requests[0].max_tokens == 1
+
+
+async def test_a_prompt_can_be_read_and_nothing_written() -> None:
+    engine = FakeEngine(say=lambda _: "1\n")
+    _, done = await run(engine, "x = █\n", max_tokens=0, ahead=True)
+    assert (done.completion.text, done.completion.stop_reason) == ("", StopReason.BUDGET)
+    assert [(one.max_tokens, one.ahead) for one in engine.requests] == [(0, True)]
+    assert decode(engine.requests[0].prompt_ids).endswith("x = ")
+
+
+@pytest.mark.parametrize("max_tokens", [0, None])
+async def test_what_gives_way_says_so_and_is_counted(max_tokens: int | None) -> None:
+    engine = FakeEngine(say=lambda _: "abc" * 10, batch_s=0.01, batch_tokens=8, token_s=0.01)
+    model = await loaded(engine)
+    spent = completer.Spent()
+    found: list[StopReason] = []
+
+    async def ahead() -> None:
+        asked = request("x = 1  # a prompt of some length\ny = █\n", max_tokens=max_tokens, ahead=True)
+        async with aclosing(completer.complete(model, asked, SETTINGS, spent)) as stream:
+            found.extend([part.completion.stop_reason async for part in stream if isinstance(part, Completed)])
+
+    running = asyncio.create_task(ahead())
+    await asyncio.sleep(0.045)
+    async with aclosing(completer.complete(model, request("now █\n"), SETTINGS)) as stream:
+        assert isinstance([part async for part in stream][-1], Completed)
+    await running
+    assert found == [StopReason.CANCELLED]
+    assert 0 < spent.prompt_tokens < 64
+    assert spent.requests == 1
+
+
+async def test_a_short_prompt_is_a_third_of_a_long_one() -> None:
+    engine = FakeEngine(say=lambda _: "1\n")
+    above = "".join(f"line {number}\n" for number in range(500))
+    for brief in (False, True):
+        await run(engine, f"{above}█\n{above}", brief=brief)
+    long, short = (len(one.prompt_ids) for one in engine.requests)
+    assert short < long / 2
+
+
+async def test_a_finished_line_is_followed_by_the_next() -> None:
+    engine = FakeEngine(say=lambda prompt: "1\ny = 2\nz = 3\n" if prompt.endswith("x = ") else "\ny = 2\nz = 3\n")
+    _, done = await run(engine, "x = 1█\n")
+    assert done.completion.text == "\ny = 2"
+    _, done = await run(FakeEngine(say=lambda _: "1\n\nz = 3\n"), "x = 1█\n")
+    assert done.completion.text == ""  # behind an empty line begins another matter

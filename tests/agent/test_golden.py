@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from agent import postprocess, stopping
+from agent import filters, postprocess, stopping
 from agent.context import Surroundings, surroundings
 from agent.types import StopReason
 
 FOLDER = Path(__file__).parents[1] / "golden"
 FILTERS = tomllib.loads((FOLDER / "postprocess.toml").read_text(encoding="utf-8"))
 STOPS = tomllib.loads((FOLDER / "stopping.toml").read_text(encoding="utf-8"))
+PIPELINES = (*postprocess.BEFORE_CACHE, *postprocess.AFTER_CACHE)
 BLOCK_LINES = 6
 
 
@@ -26,14 +27,16 @@ def cases(golden: dict[str, Any], *names: str) -> list[Any]:
     return [pytest.param(name, case, id=f"{name}: {case['name']}") for name in names for case in golden[name]]
 
 
-@pytest.mark.parametrize(("name", "case"), cases(FILTERS, *(run.__name__ for run in postprocess.FILTERS)))
+@pytest.mark.parametrize(("name", "case"), cases(FILTERS, *(run.__name__ for run in PIPELINES)))
 def test_filter(name: str, case: dict[str, Any]) -> None:
-    run = next(run for run in postprocess.FILTERS if run.__name__ == name)
-    assert run(case["wrote"], around(case["at"])) == case.get("kept", case["wrote"])
+    run = getattr(filters, name)
+    kept = case.get("kept", case["wrote"])
+    assert run(case["wrote"], around(case["at"])) == kept
+    assert run(kept, around(case["at"])) == kept, "what is left is left the next time, too"
 
 
 def test_every_filter_has_eight_cases_and_some_where_it_does_nothing() -> None:
-    for run in postprocess.FILTERS:
+    for run in PIPELINES:
         golden = FILTERS[run.__name__]
         assert len(golden) >= 8
         assert any("kept" not in case for case in golden)
@@ -53,6 +56,37 @@ def test_stop(name: str, case: dict[str, Any]) -> None:
     else:
         assert found is not None
         assert (case["wrote"][: found.end], found.reason) == (case["kept"], StopReason(case["reason"]))
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case["name"]) for case in STOPS["block"] if "kept" in case])
+def test_what_was_stopped_within_its_scope_is_within_it(case: dict[str, Any]) -> None:
+    assert filters.limit_scope(case["kept"], around(case["at"])) == case["kept"]
+
+
+def test_clean_is_both_pipelines_in_order() -> None:
+    here = around("if (a) {\n  █\n}\n")
+    settled, dropped_by = postprocess.settle("b()\n}  \n", here, cut_short=False)
+    assert (settled, dropped_by) == ("b()\n}", None)
+    assert postprocess.present(settled, here) == ("b()", None)
+    assert postprocess.clean("b()\n}  \n", here) == ("b()", None)
+    assert postprocess.clean("})", around("foo({\n█\n})\n")) == ("", "cut_duplicate_closers")
+
+
+def test_one_text_is_shown_at_several_places() -> None:
+    # The editor closes the brace, Enter puts it on a line of its own, the user types the first line.
+    settled = "\n    if x {\n        y()\n    }\n}"
+    for drawn, remains, shown in [
+        ("func f() {█}\n", settled, "\n\tif x {\n\t\ty()\n\t}\n"),
+        ("func f() {\n\t█\n}\n", settled[5:], "if x {\n\t\ty()\n\t}"),
+        ("func f() {\n\tif x█\n}\n", settled[9:], " {\n\t\ty()\n\t}"),
+        ("func f() {\n\tif x {\n\t\t█\n\t}\n}\n", settled[20:], "y()"),
+    ]:
+        assert postprocess.present(remains, around("func g() {\n\tz()\n}\n\n" + drawn)) == (shown, None)
+
+
+def test_a_remainder_of_one_character_is_shown() -> None:
+    assert postprocess.settle(")", around("foo(█\n"), cut_short=False) == ("", "drop_invisible")
+    assert postprocess.present(")", around("foo(a█\n")) == (")", None)
 
 
 def test_clean_tells_which_filter_emptied_the_text() -> None:

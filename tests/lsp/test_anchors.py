@@ -1,0 +1,78 @@
+"""Anchors: what is typed makes the live text longer, and nothing else moves."""
+
+import random
+
+from lsp.anchors import LIVE_CHARS, Around, anchored
+from lsp.documents import Change, Document, Place, Units
+
+
+def opened(text: str) -> Document:
+    return Document.opened("file:///a.py", "python", 1, text, Units.UTF16)
+
+
+def drawn(text: str) -> tuple[Document, Place]:
+    before, _, behind = text.partition("█")
+    lines = before.split("\n")
+    return opened(before + behind), Place(len(lines) - 1, len(lines[-1]))
+
+
+def typed(document: Document, place: Place, text: str) -> tuple[Document, Place]:
+    at = (place.line, place.column)
+    after = document.changed(document.version + 1, [Change(text, at, at)])
+    *above, last = text.split("\n")
+    return after, Place(place.line + len(above), len(last) + (0 if above else place.column))
+
+
+def test_typing_and_new_lines_only_append_to_the_live_text() -> None:
+    document, place = drawn("import os\n\n\ndef f():\n    █\n\nprint(f())\n")
+    first, cut = anchored(document, place, None, Around())
+    assert (cut.head, cut.live, cut.suffix) == ("import os\n\n\ndef f():\n", "    ", "\n\nprint(f())\n")
+    anchor = first
+    for text in ("return", " 1", "\n    ", "x"):
+        document, place = typed(document, place, text)
+        anchor, cut = anchored(document, place, anchor, Around())
+    assert anchor is first
+    assert cut.live == "    return 1\n    x"
+
+
+def test_closers_that_the_editor_inserted_leave_the_anchor_where_it_is() -> None:
+    document, place = drawn("x = foo█\ny = 2\n")
+    first, _ = anchored(document, place, None, Around())
+    document, place = typed(document, place, "()")
+    anchor, cut = anchored(document, Place(place.line, place.column - 1), first, Around())
+    assert anchor is first
+    assert (cut.live, cut.closers, cut.suffix) == ("x = foo(", ")", "\ny = 2\n")
+
+
+def test_the_anchor_moves_with_jumps_changes_and_long_texts() -> None:
+    text = "\n".join(f"line {number}" for number in range(200))
+    document = opened(text)
+    first, _ = anchored(document, Place(100, 3), None, Around())
+    assert first.line == 100
+    assert anchored(document, Place(90, 0), first, Around())[0].line == 90
+    changed = document.changed(2, [Change("X", (80, 0), (80, 1))])
+    assert anchored(changed, Place(100, 3), first, Around())[0] is not first
+    changed = document.changed(2, [Change("X", (101, 0), (101, 1))])
+    assert anchored(changed, Place(100, 3), first, Around())[0] is not first
+    grown, place = typed(document, Place(100, 3), "y" * (LIVE_CHARS + 1))
+    assert anchored(grown, place, first, Around())[0] is not first
+
+
+def test_head_and_live_text_are_the_text_before_the_cursor_wherever_it_is() -> None:
+    rng = random.Random(5)
+    document = opened("\r\n".join("a" * rng.randrange(40) for _ in range(300)))
+    anchor = None
+    for _ in range(200):
+        place = document.place(rng.randrange(300), rng.randrange(40))
+        anchor, cut = anchored(document, place, anchor, Around("cells above\n", "cells below"))
+        before = ("cells above\n" + document.between(Place(0, 0), place)).replace("\r\n", "\n")
+        assert before.endswith(cut.head + cut.live)
+        behind = (document.between(place, document.end) + "cells below").replace("\r\n", "\n")
+        assert (cut.closers + cut.suffix).startswith(behind[: len(cut.suffix)])
+        document, _ = typed(document, place, rng.choice(["x", "\r\n", "()", ""]))
+
+
+def test_cells_of_a_notebook_stand_above_and_below() -> None:
+    document, place = drawn("x = █\n")
+    _, cut = anchored(document, place, None, Around("import os\n\n", "\n\nprint(x)\n"))
+    assert (cut.head, cut.live, cut.suffix) == ("import os\n\n", "x = ", "\n\n\nprint(x)\n")

@@ -1,0 +1,223 @@
+"""Which keystrokes reach the engine, and what each gets to see."""
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from agent.types import Document as Facts
+from agent.types import Trigger
+from lsp.anchors import Around
+from lsp.completions import Asked, Completions
+from lsp.documents import Document, Units
+from tests.fakes import FakeLink
+
+TEXT = "value = compute(first, second)\nprint(value)\nreturn value\n"
+
+
+def tells(prefix: str) -> str:
+    """The rest of the line of TEXT that the prefix has come to; below a whole line, the next one."""
+    if not TEXT.startswith(prefix):
+        return "otherwise"
+    line, newline, _ = TEXT[len(prefix) :].partition("\n")
+    return line or (newline + TEXT[len(prefix) + 1 :].partition("\n")[0])
+
+
+def asked(drawn: str, **more: Any) -> Asked:
+    before, _, behind = drawn.partition("█")
+    document = Document.opened("file:///a.py", "python", 1, before + behind, Units.UTF16)
+    lines = before.split("\n")
+    place = document.place(len(lines) - 1, len(lines[-1]))
+    return Asked(document, Facts("file:///a.py", 1, "a.py", "python"), place, Around(), Trigger.AUTOMATIC, **more)
+
+
+def completions(link: FakeLink) -> Completions:
+    return Completions(link)  # type: ignore[arg-type]
+
+
+async def shown(made: Completions, drawn: str, **more: Any) -> str:
+    offer = await made.offer(asked(drawn, **more))
+    return offer.text if offer else ""
+
+
+def real(link: FakeLink) -> int:
+    return sum(not request.ahead for request in link.requests)
+
+
+async def test_what_is_typed_through_is_asked_once() -> None:
+    link = FakeLink(tells)
+    made = completions(link)
+    line = TEXT.partition("\n")[0]
+    for typed in range(len(line)):
+        assert await shown(made, line[:typed] + "█") == line[typed:]
+    assert real(link) == 1
+
+
+async def test_the_next_line_is_there_before_it_is_asked_for() -> None:
+    link = FakeLink(tells)
+    made = completions(link)
+    first, second = TEXT.split("\n")[:2]
+    assert await shown(made, "█") == first
+    await asyncio.sleep(0.01)
+    assert [request.prefix for request in link.requests if request.ahead] == [first]
+    assert await shown(made, first + "\n█") == second
+    assert real(link) == 1
+
+
+async def test_a_text_that_grows_is_joined_and_not_asked_for_again() -> None:
+    link = FakeLink(tells, character_s=0.005)
+    made = completions(link)
+    first = asyncio.create_task(shown(made, "val█"))
+    await asyncio.sleep(0.02)
+    first.cancel()
+    assert await shown(made, "value = c█") == "ompute(first, second)"
+    assert real(link) == 1
+    assert link.given_up == 0
+
+
+async def test_a_text_that_what_is_typed_does_not_fit_is_given_up() -> None:
+    link = FakeLink(tells, character_s=0.005)
+    made = completions(link)
+    first = asyncio.create_task(shown(made, "val█"))
+    await asyncio.sleep(0.03)
+    first.cancel()
+    assert await shown(made, "valX█") == "otherwise"
+    assert real(link) == 2
+    assert link.given_up == 1
+
+
+async def test_a_request_that_nobody_follows_is_given_up() -> None:
+    link = FakeLink(lambda _: "x" * 1000, character_s=0.005)
+    made = completions(link)
+    task = asyncio.create_task(shown(made, "█"))
+    await asyncio.sleep(0.02)
+    task.cancel()
+    await asyncio.sleep(0.5)
+    assert link.given_up == 1
+
+
+async def test_who_can_ask_again_is_answered_early_and_told_when_the_text_is_whole() -> None:
+    link = FakeLink(tells, character_s=0.01)
+    made = completions(link)
+    grown: list[Document] = []
+    made.on_grown = grown.append
+    early = await shown(made, "█", refreshes=True)
+    assert TEXT.startswith(early)
+    assert 2 <= len(early) < 20
+    while not grown:
+        await asyncio.sleep(0.01)
+    assert await shown(made, "█", refreshes=True) == TEXT.partition("\n")[0]
+    assert real(link) == 1
+
+
+async def test_others_get_whole_lines_only() -> None:
+    made = completions(FakeLink(tells, character_s=0.01))
+    made.on_grown = lambda _: pytest.fail("nobody is to be told")
+    assert await shown(made, "█") == TEXT.partition("\n")[0]
+
+
+async def test_nothing_is_asked_where_the_model_had_nothing_to_say() -> None:
+    link = FakeLink(lambda _: "")
+    made = completions(link)
+    assert await shown(made, "x█") == ""
+    assert await shown(made, "x█") == ""
+    assert len(link.requests) == 1
+
+
+async def test_what_gave_way_is_asked_for_again_by_who_waits() -> None:
+    link = FakeLink(tells, gives_way=True)
+    made = completions(link)
+    first, second = TEXT.split("\n")[:2]
+    assert await shown(made, "█") == first
+    await asyncio.sleep(0.01)
+    assert await shown(made, first + "\n█") == second
+    assert real(link) == 2
+
+
+async def test_asking_by_key_asks_even_in_the_way_and_after_rejections() -> None:
+    link = FakeLink(lambda _: "more")
+    made = completions(link)
+    assert await shown(made, "fo█o") == ""
+    assert link.requests == []
+    offer = await made.offer(replace(asked("fo█o"), trigger=Trigger.MANUAL))
+    assert offer is not None
+    assert offer.text == "more"
+
+
+async def test_what_was_rejected_is_not_shown_again() -> None:
+    now = 0.0
+    link = FakeLink(tells)
+    made = Completions(link, clock=lambda: now)  # type: ignore[arg-type]
+    assert await shown(made, "█") != ""
+    now += 2
+    await shown(made, "X█")
+    assert await shown(made, "█") == ""
+
+
+async def test_a_closer_that_the_editor_inserted_is_replaced_when_typed_through() -> None:
+    link = FakeLink(tells)
+    made = completions(link)
+    assert await shown(made, "value = compute█") == "(first, second)"
+    offer = await made.offer(asked("value = compute(█)"))
+    assert offer is not None
+    assert (offer.text, offer.replaced_chars) == ("first, second)", 1)
+    assert real(link) == 1
+
+
+async def test_a_place_where_the_cursor_rests_is_read_ahead() -> None:
+    link = FakeLink(tells)
+    made = completions(link)
+    made.rest(asked("value█"))
+    made.rest(asked("value = █"))
+    await asyncio.sleep(0.3)
+    assert [(one.prefix, one.max_tokens, one.ahead) for one in link.requests] == [("value = ", 0, True)] * 2
+
+
+async def test_a_daemon_that_breaks_leaves_nothing_behind() -> None:
+    from agent.errors import DaemonError
+
+    class Breaks(FakeLink):
+        async def complete(self, request: Any) -> Any:
+            self.requests.append(request)
+            raise DaemonError("gone")
+            yield
+
+    link = Breaks(tells)
+    made = completions(link)
+    for _ in range(2):
+        assert await shown(made, "x█") == ""
+    assert len(link.requests) == 2
+
+
+async def test_random_typing_shows_only_what_fits() -> None:
+    import random
+
+    rng = random.Random(3)
+    link = FakeLink(tells, character_s=0.0005)
+    made = completions(link)
+    typed = ""
+    running: list[asyncio.Task[None]] = []
+
+    async def one(drawn: str) -> None:
+        text = await shown(made, drawn, refreshes=rng.random() < 0.5)
+        before = drawn.partition("█")[0]
+        if TEXT.startswith(before) and text:
+            assert TEXT.startswith(before + text)
+
+    for _ in range(400):
+        kind = rng.random()
+        if kind < 0.75 and TEXT.startswith(typed):
+            typed = TEXT[: len(typed) + 1]
+        elif kind < 0.85:
+            typed += "Q"
+        elif not TEXT.startswith(typed) or kind > 0.95:
+            typed = typed[:-1]
+        for task in running:
+            if rng.random() < 0.7:
+                task.cancel()
+        running = [task for task in running if not task.done()]
+        running.append(asyncio.create_task(one(typed + "█")))
+        await asyncio.sleep(rng.random() * 0.01)
+    results = await asyncio.gather(*running, return_exceptions=True)
+    assert not [one for one in results if isinstance(one, AssertionError)]
