@@ -19,6 +19,7 @@ from agent.errors import InputError
 from agent.fim_bench import Outcome, Task
 from agent.loaded import prepare
 from agent.sandbox import Verdict
+from tests.conftest import World
 from tests.fakes import FakeEngine, decode
 
 SETTINGS = CompletionSettings()
@@ -279,7 +280,7 @@ def test_figures_are_shares() -> None:
     assert fim_bench.figures([])["n"] == 0
 
 
-async def test_the_real_pieces_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_model_is_loaded_measured_and_closed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     engines = []
 
     async def load(*_: Any) -> FakeEngine:
@@ -288,7 +289,7 @@ async def test_the_real_pieces_are_put_together(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("agent.engines.llamacpp.LlamaCppEngine.load", load)
     monkeypatch.setattr("agent.catalog.find", lambda _: MODEL)
-    file = tmp_path / "tasks.jsonl"
+    file = world.root / "tasks.jsonl"
     file.write_text(as_lines(SPAN, LINE))
     told: list[tuple[int, int]] = []
     found = await fim_bench.run(file, limit=None, raw=False, advance=lambda *where: told.append(where))
