@@ -8,6 +8,7 @@ Data and metric: Bavarian et al., Efficient Training of Language Models to Fill 
 import asyncio
 import gzip
 import json
+import tempfile
 import uuid
 import zlib
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from agent import catalog, completer, config, fim, paths, sandbox
+from agent import catalog, completer, config, fim, sandbox
 from agent.completer import Completed
 from agent.config import CompletionSettings
 from agent.engines.base import Decoded, GenerationRequest
@@ -121,17 +122,19 @@ async def run(file: Path, *, limit: int | None, raw: bool, advance: Callable[[in
         raise InputError("an empty program does not pass here: its process cannot start or hold the limits")
     settings = config.load()
     model = catalog.find(settings.model.name)
-    engine = await LlamaCppEngine.load(model.path, settings.engine, paths.runtime_dir())
-    try:
-        loaded = await prepare(model, engine)
-        done: list[Outcome] = []
-        advance(0, len(tasks))
-        async with aclosing(outcomes(loaded, tasks, settings.completion, raw=raw)) as stream:
-            async for outcome in stream:
-                done.append(outcome)
-                advance(len(done), len(tasks))
-    finally:
-        await engine.close()
+    done: list[Outcome] = []
+    # A directory of our own: a daemon that starts meanwhile clears the usual one of engines' sockets.
+    with tempfile.TemporaryDirectory(prefix="tabwise-") as folder:
+        engine = await LlamaCppEngine.load(model.path, settings.engine, Path(folder))
+        try:
+            loaded = await prepare(model, engine)
+            advance(0, len(tasks))
+            async with aclosing(outcomes(loaded, tasks, settings.completion, raw=raw)) as stream:
+                async for outcome in stream:
+                    done.append(outcome)
+                    advance(len(done), len(tasks))
+        finally:
+            await engine.close()
     return figures(done) | {"model": settings.model.name, "raw": raw}
 
 

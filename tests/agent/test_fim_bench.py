@@ -281,9 +281,10 @@ def test_figures_are_shares() -> None:
 
 
 async def test_the_model_is_loaded_measured_and_closed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    engines = []
+    engines, folders = [], []
 
-    async def load(*_: Any) -> FakeEngine:
+    async def load(_model: Any, _settings: Any, folder: Path) -> FakeEngine:
+        folders.append(folder)
         engines.append(FakeEngine(say=lambda prompt: "    c = a + b\n" if "add" in prompt else "n a * b\n"))
         return engines[-1]
 
@@ -298,3 +299,5 @@ async def test_the_model_is_loaded_measured_and_closed(world: World, monkeypatch
     assert found["raw"] is False
     assert told == [(0, 2), (1, 2), (2, 2)]
     assert [engine.closed for engine in engines] == [True]
+    assert world.runtime not in folders  # which a daemon that starts meanwhile clears
+    assert not any(folder.exists() for folder in folders)
