@@ -46,9 +46,10 @@ format: dev ## format the sources
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: model ## measure: start, cancel, engine, explanation
+bench: dev model ## measure: start, cancel, overhead, engine, explanation
 	@$(BIN)/tabwise bench start
 	@$(BIN)/tabwise bench cancel
+	@$(BIN)/tabwise bench overhead
 	@$(BIN)/tabwise bench engine
 	@$(BIN)/tabwise bench explain
 

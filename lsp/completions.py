@@ -110,6 +110,11 @@ class Completions:
         self._clock = clock
         self._sessions: dict[str, _Session] = {}
 
+    def close(self) -> None:
+        """The editor leaves: nothing is written or read any more."""
+        for uri in list(self._sessions):
+            self.forget(uri)
+
     def forget(self, uri: str) -> None:
         """A document was closed."""
         session = self._sessions.pop(uri, None)
@@ -118,13 +123,10 @@ class Completions:
             self._disturb(session)
 
     async def offer(self, asked: Asked) -> Offer | None:
-        """Return what to show at a cursor, or None for nothing.
-
-        Raises:
-            TabwiseError: The daemon has no answer.
-        """
+        """Return what to show at a cursor, or None for nothing; a daemon that has no answer is told to the log."""
         session = self._session(asked.document.uri)
         self._disturb(session)
+        session.partial = None
         before = session.anchor
         session.anchor, around = anchors.anchored(asked.document, asked.place, before, asked.around, asked.chosen)
         key = _key(around, asked.trigger)
@@ -134,7 +136,7 @@ class Completions:
             return None
         piece = entry.piece(around.live)
         text, _ = postprocess.present(piece, around)
-        if asked.trigger is Trigger.AUTOMATIC and self.patience.was_rejected(around.live, text):
+        if asked.trigger is Trigger.AUTOMATIC and self.patience.was_rejected((key, around.live), text):
             text = ""
         settled = entry.is_settled(around.live)
         session.partial = None if settled else (asked, text)
@@ -198,7 +200,8 @@ class Completions:
     def _look_ahead(self, session: _Session, asked: Asked, key: Key, entry: Entry, around: Surroundings) -> None:
         """Have written what follows the text on screen, as if it were accepted."""
         on_screen = len(around.live) + len(entry.piece(around.live))
-        if session.writing is not None or entry.ended or on_screen < len(entry.text):
+        nobody_types_here = triggers.is_in_the_way(around)
+        if session.writing is not None or entry.ended or on_screen < len(entry.text) or nobody_types_here:
             self._move_anchor(session, asked, around)
             return
         entry.growing = True
@@ -272,14 +275,12 @@ class Completions:
         if session.writing is writing:
             session.writing = None
         if done is None or done.stop_reason is StopReason.CANCELLED:
-            entry.text = entry.text[: entry.end]
-            if not writing.ahead and entry.end == entry.start:
-                session.cache.drop(writing.key, entry)
+            self._take_back(session, writing)
         else:
             entry.settle(base, done.settled, done.beyond)
             entry.ended = not done.settled or done.stop_reason in _NOTHING_FOLLOWS
         writing.tell()
-        if session.partial is not None and done is not None:
+        if session.partial is not None:
             asked, _ = session.partial
             session.partial = None
             if self.on_grown is not None:
@@ -298,7 +299,7 @@ class Completions:
         if fate:
             self.patience.accepted(now)
         else:
-            self.patience.rejected(shown.live, shown.text, now)
+            self.patience.rejected((shown.key, shown.live), shown.text, now)
 
     def _session(self, uri: str) -> _Session:
         session = self._sessions.pop(uri, None) or _Session()
@@ -312,9 +313,17 @@ class Completions:
             self._give_up(session)
 
     def _give_up(self, session: _Session) -> None:
-        if session.writing is not None and session.writing.task is not None:
-            session.writing.task.cancel()
-            session.writing = None
+        writing, session.writing = session.writing, None
+        if writing is not None and writing.task is not None:
+            writing.task.cancel()
+            self._take_back(session, writing)  # here, too: a task that had not begun yet never gets to its end
+
+    def _take_back(self, session: _Session, writing: _Writing) -> None:
+        """Leave of an entry only the pieces that are whole."""
+        entry = writing.entry
+        entry.growing, entry.text = False, entry.text[: entry.end]
+        if not writing.ahead and entry.end == entry.start:
+            session.cache.drop(writing.key, entry)
 
     def _disturb(self, session: _Session) -> None:
         if session.resting is not None:

@@ -7,6 +7,7 @@ held up. Sources: the rules that the notes of Copilot, llama.vim and Tabby descr
 
 import re
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from agent.context import Surroundings
@@ -66,20 +67,20 @@ class Patience:
 
     factor: float = 1.0
     _at: float = 0.0
-    _rejected: deque[tuple[str, str]] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    _rejected: deque[tuple[Hashable, str]] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
-    def rejected(self, live: str, text: str, now: float) -> None:
+    def rejected(self, place: Hashable, text: str, now: float) -> None:
         """A text was seen and something else typed."""
         self.factor = min(_MOST, self._now(now) * _REJECT)
-        self._rejected.append((live, text))
+        self._rejected.append((place, text))
 
     def accepted(self, now: float) -> None:
         """A text was taken, or typed to its end."""
         self.factor = max(1.0, self._now(now) * _ACCEPT)
 
-    def was_rejected(self, live: str, text: str) -> bool:
+    def was_rejected(self, place: Hashable, text: str) -> bool:
         """Tell whether this text was rejected at this place."""
-        return (live, text) in self._rejected
+        return (place, text) in self._rejected
 
     def wait_s(self, now: float) -> float:
         """Return how long to wait before the engine is asked."""

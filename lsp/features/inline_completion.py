@@ -135,7 +135,14 @@ def _cursor(state: State, params: Any) -> None:
         return
     document = state.library.documents.get(uri) if isinstance(uri, str) else None
     if document is not None:
-        state.completions.rest(_asked(state, document, document.place(*place), Trigger.AUTOMATIC))
+        state.spawn(_rest(state, document, document.place(*place)))
+
+
+async def _rest(state: State, document: Document, place: Place) -> None:
+    settings = (await state.settings.current()).completion
+    is_wanted = settings.automatic and document.language not in settings.languages_off
+    if is_wanted and state.library.documents.get(document.uri) is document:
+        state.completions.rest(_asked(state, document, place, Trigger.AUTOMATIC))
 
 
 def _asked(state: State, document: Document, place: Place, trigger: Trigger) -> Asked:

@@ -63,6 +63,7 @@ def register(server: LanguageServer, state: State) -> None:
         del params
         for task in state.tasks:
             task.cancel()
+        state.completions.close()
         await state.link.close()
 
 

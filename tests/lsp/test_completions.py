@@ -190,6 +190,27 @@ async def test_a_daemon_that_breaks_leaves_nothing_behind() -> None:
     assert len(link.requests) == 2
 
 
+async def test_work_that_is_given_up_before_it_began_leaves_nothing_growing() -> None:
+    link = FakeLink(tells)
+    made = completions(link)
+    first = TEXT.partition("\n")[0]
+    assert await shown(made, "█") == first
+    # What was to be written in advance has had no time to begin when this asks.
+    assert await shown(made, "Q█") == "otherwise"
+    assert await shown(made, first + "█") == "\nprint(value)"
+
+
+async def test_when_the_editor_leaves_nothing_goes_on() -> None:
+    link = FakeLink(tells, character_s=0.01)
+    made = completions(link)
+    task = asyncio.create_task(shown(made, "█"))
+    await asyncio.sleep(0.05)
+    made.close()
+    task.cancel()
+    await asyncio.sleep(0.02)
+    assert link.given_up == 1
+
+
 async def test_random_typing_shows_only_what_fits() -> None:
     import random
 
