@@ -30,12 +30,12 @@ from lsp.triggers import Patience, Rhythm, Shown
 
 log = logging.getLogger(__name__)
 
-_EARLY_S = 0.1
-"""A client that can ask again gets what is there after this long: sooner would flicker for lines that are nearly whole,
-later comes after the next key."""
+_EARLY_S = 0.05
+"""A client that can ask again gets what is there after this long. A tenth of a second is felt as at once, so what grows
+within it is not seen growing; later comes after a fast typist's next key."""
 _EARLY_CHARS = 2  # visible ones; as the filters hold it for whole texts
 _GRACE_S = 0.3  # for the next request to come and join what the one that was cancelled waited for
-_REST_S = 0.15  # after which a cursor that moved is taken to rest
+_REST_S = 0.05  # after which a cursor that moved is taken to rest
 _REANCHOR_S = 0.7  # without a key, before a longer prompt is read; who pauses for so long thinks
 _SESSIONS = 64  # documents whose completions are kept
 
@@ -264,6 +264,10 @@ class Completions:
                         self.rhythm.first_text(self._clock() - began)
                     entry.text += part
                     writing.tell()
+        except asyncio.CancelledError:
+            if len(entry.text) == base and not writing.ahead:
+                self.rhythm.gave_up(self._clock() - began)
+            raise
         except TabwiseError as error:
             log.error("no completion: %s", error)
         finally:
