@@ -228,6 +228,8 @@ class Completions:
         elif not is_new and not anchor.brief:
             return
         for brief in (True, False) if is_new else (False,):
+            if is_new and not brief:
+                await asyncio.sleep(_REANCHOR_S)
             request = _request(asked, around, around.live, ahead=True, max_tokens=0, brief=brief)
             if not await self._was_read(request):
                 return

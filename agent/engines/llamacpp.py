@@ -8,7 +8,8 @@ One slot is for explanations, so that they do not push a completion's prompt out
 several, one for each place in the code that was worked at lately; `slots.py` chooses.
 
 A request is cancelled by closing its connection. The server notices when it next writes: after the decode step under
-way, or, since progress is asked for, after at most two batches of prefill.
+way, or, since progress is asked for, after at most two batches of prefill. What is read in advance is asked for batch by
+batch, so that it holds nobody up for longer than one.
 """
 
 import asyncio
@@ -16,6 +17,8 @@ import contextlib
 import json
 import secrets
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ class LlamaCppEngine:
         self.context_tokens = settings.context_tokens
         self._slots = Slots(settings.completion_slots)
         self._explanation_slot = settings.completion_slots
+        self._batch_tokens = settings.batch_tokens
         self._server: xllamacpp.Server | None = server
         self._socket = socket
         self._http = httpx.AsyncClient(
@@ -110,9 +114,42 @@ class LlamaCppEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Continue a prompt."""
-        slot = self._explanation_slot
+        if request.adapter is not None:
+            raise EngineError(f"the adapter {request.adapter!r} is not loaded; this version serves the bare model only")
+        needed = len(request.prompt_ids) + request.max_tokens
+        if needed > self.context_tokens:
+            raise PromptTooLongError(
+                f"the prompt needs {needed} tokens, the context has {self.context_tokens}; "
+                "raise engine.context_tokens or shorten the text"
+            )
+        slot, held = self._explanation_slot, 0
         if request.task is Task.COMPLETION:
-            slot = self._slots.choose(request.prompt_ids, ahead=request.ahead)
+            slot, held = self._slots.choose(request.prompt_ids, ahead=request.ahead)
+        if not request.ahead or request.max_tokens:
+            async with aclosing(self._stream(request, slot)) as events:
+                async for event in events:
+                    yield event
+            return
+        async with aclosing(self._read_in_pieces(request, slot, held)) as pieces:
+            async for event in pieces:
+                yield event
+
+    async def _read_in_pieces(self, request: GenerationRequest, slot: int, held: int) -> AsyncGenerator[Event, None]:
+        """Read a prompt batch by batch: llama.cpp computes two batches more before it notices that nobody listens."""
+        total = len(request.prompt_ids)
+        read, cached = 0, None
+        for end in (*range(held + self._batch_tokens, total, self._batch_tokens), total):
+            piece = replace(request, prompt_ids=request.prompt_ids[:end])
+            async with aclosing(self._stream(piece, slot)) as events:
+                async for event in events:
+                    if isinstance(event, Prefilled):
+                        yield replace(event, total_tokens=total)
+                    elif isinstance(event, Finished):
+                        read += event.prefill_tokens
+                        cached = event.cached_tokens if cached is None else cached
+        yield Finished(ended=False, prefill_tokens=read, cached_tokens=cached or 0, decoded_tokens=0)
+
+    async def _stream(self, request: GenerationRequest, slot: int) -> AsyncGenerator[Event, None]:
         body = {
             "prompt": list(request.prompt_ids),
             "n_predict": request.max_tokens,
@@ -125,14 +162,6 @@ class LlamaCppEngine:
             "return_progress": True,
             "n_probs": max(1, request.alternatives),
         }
-        if request.adapter is not None:
-            raise EngineError(f"the adapter {request.adapter!r} is not loaded; this version serves the bare model only")
-        needed = len(request.prompt_ids) + request.max_tokens
-        if needed > self.context_tokens:
-            raise PromptTooLongError(
-                f"the prompt needs {needed} tokens, the context has {self.context_tokens}; "
-                "raise engine.context_tokens or shorten the text"
-            )
         seen = 0
         try:
             async with self._http.stream("POST", "/completion", json=body) as answer:

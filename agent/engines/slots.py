@@ -19,8 +19,8 @@ class Slots:
         self._used = [0] * count  # at which request each was used last
         self._requests = 0
 
-    def choose(self, prompt_ids: tuple[int, ...], *, ahead: bool) -> int:
-        """Return the slot for a prompt, and take note of it.
+    def choose(self, prompt_ids: tuple[int, ...], *, ahead: bool) -> tuple[int, int]:
+        """Return the slot for a prompt and how many of its tokens that should hold, and take note of it.
 
         Args:
             prompt_ids: The prompt.
@@ -34,7 +34,7 @@ class Slots:
             best = min(slots, key=lambda slot: self._used[slot])
         self._held[best] = prompt_ids
         self._used[best] = self._requests
-        return best
+        return best, shared[best]
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -3,26 +3,27 @@ from agent.engines.slots import Slots, common
 
 def test_typing_on_stays_in_its_slot() -> None:
     slots = Slots(3)
-    first = slots.choose((1, 2, 3, 4), ahead=False)
-    assert slots.choose((1, 2, 3, 4, 5), ahead=False) == first
-    assert slots.choose((1, 2, 3, 9), ahead=False) == first
+    first, held = slots.choose((1, 2, 3, 4), ahead=False)
+    assert held == 0
+    assert slots.choose((1, 2, 3, 4, 5), ahead=False) == (first, 4)
+    assert slots.choose((1, 2, 3, 9), ahead=False) == (first, 3)
 
 
 def test_another_place_takes_the_slot_that_was_used_longest_ago() -> None:
     slots = Slots(2)
-    one = slots.choose((1, 1, 1), ahead=False)
-    other = slots.choose((2, 2, 2), ahead=False)
+    one, _ = slots.choose((1, 1, 1), ahead=False)
+    other, _ = slots.choose((2, 2, 2), ahead=False)
     assert one != other
-    assert slots.choose((1, 1, 1, 1), ahead=False) == one
-    assert slots.choose((3, 3, 3), ahead=False) == other
+    assert slots.choose((1, 1, 1, 1), ahead=False)[0] == one
+    assert slots.choose((3, 3, 3), ahead=False)[0] == other
 
 
 def test_work_in_advance_leaves_the_prompt_in_use_alone() -> None:
     slots = Slots(2)
-    used = slots.choose((1, 2, 3, 4, 5, 6), ahead=False)
-    assert slots.choose((1, 2, 3, 9, 9, 9), ahead=True) != used  # another anchor under the same text
-    assert slots.choose((1, 2, 3, 4, 5, 6, 7), ahead=True) == used  # the continuation of what is on screen
-    assert slots.choose((1, 2, 3, 9, 9, 9, 9), ahead=False) != used  # and what was read is found
+    used, _ = slots.choose((1, 2, 3, 4, 5, 6), ahead=False)
+    assert slots.choose((1, 2, 3, 9, 9, 9), ahead=True)[0] != used  # another anchor under the same text
+    assert slots.choose((1, 2, 3, 4, 5, 6, 7), ahead=True)[0] == used  # the continuation of what is on screen
+    assert slots.choose((1, 2, 3, 9, 9, 9, 9), ahead=False)[0] != used  # and what was read is found
 
 
 def test_common() -> None:
