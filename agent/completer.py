@@ -15,7 +15,7 @@ from agent.context import Surroundings
 from agent.engines.base import Decoded, Finished, GenerationRequest, Prefilled, Token
 from agent.errors import EngineError
 from agent.loaded import LoadedModel
-from agent.types import Completion, CompletionRequest, Generation, Snippet, Source, StopReason, Timing
+from agent.types import Completion, CompletionRequest, Generation, Snippet, Source, StopReason, Timing, Trigger
 
 _TOKEN_CHARS = 6  # more than a token of code has on average: what is longer by this need not be counted to be too long
 _TRIES_TO_FIT = 8  # each halves the error of the estimate; more are never needed
@@ -165,6 +165,9 @@ async def complete(
 
 
 def _wants_block(request: CompletionRequest, around: Surroundings) -> bool:
+    # Who asks by key waits gladly for more, and may take its first line alone; but not in the middle of a line.
+    if request.trigger is Trigger.MANUAL and not around.rest.strip():
+        return True
     # The indentation is asked first: it costs nothing, and a block is only possible where it says so.
     if not context.wants_block(around):
         return False

@@ -238,8 +238,13 @@ def cut_overlap(text: str, around: Surroundings) -> str:
     for size in range(min(len(last), len(rest)), 0, -1):
         # The whole rest, or a part of it that ends with a word: "a" before "as f" is no overlap.
         whole_word = size == len(rest) or not (rest[size - 1].isalnum() and rest[size].isalnum())
-        if whole_word and last.endswith(rest[:size]) and not _opens(last[:-size]):
-            return head + newline + last[:-size]
+        if not whole_word or not last.endswith(rest[:size]):
+            continue
+        kept = last[:-size]
+        line = kept if newline else around.cursor_line + kept
+        # A bracket that the text opens is closed by the rest of the line only where all of it then fits together.
+        if not _opens(kept) or not _unmatched(line + rest):
+            return head + newline + kept
     first = text.partition("\n")[0]
     start = _rest_within(first, rest)
     if start is None:

@@ -4,6 +4,7 @@ Knows lines and indentation, no grammar, no tokens. A stop is found as soon as t
 that the engine is freed at once.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ _NEARLY = 0.9
 _TELLING_CHARS = 4
 """Shorter lines (`}`, `fi`, `end`) repeat in good code too, and tell nothing."""
 _REPEATS = 3
+_ENDS_BODY = re.compile(r"(?:return|raise|throw|break|continue)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +27,16 @@ class StopRules:
 
     multiline: bool
     max_lines: int
-    base_indent: int
-    """Lines with less indentation leave the block."""
+    base_indent: int | None
+    """Lines with less indentation leave the block; None for less than the first line that is written."""
     closes_block: bool
     """Whether a line of closers at the header's indentation belongs to the block, and ends it."""
     next_lines: tuple[str, ...]
     """The next filled lines behind the cursor, stripped."""
+    next_indent: int | None = None
+    """Indentation of the next filled line behind the cursor."""
+    is_statement: bool = False
+    """Whether the cursor stands behind text that opens no block."""
     begins_below: bool = False
     """Whether a single line may be the next one: the cursor stands at the end of a line that may be finished."""
 
@@ -56,9 +62,12 @@ def rules_for(around: Surroundings, *, multiline: bool, max_lines: int) -> StopR
     return StopRules(
         multiline=multiline,
         max_lines=max_lines,
-        base_indent=base,
+        # In the first column, the text brings its indentation along.
+        base_indent=base if line else None,
         closes_block=braces and not closed_below,
         next_lines=tuple(text.strip() for text in below[:3]),
+        next_indent=indent_of(below[0]) if below else None,
+        is_statement=opens and not line.rstrip().endswith((":", "{")),
         begins_below=opens and not multiline and not around.rest.strip(),
     )
 
@@ -74,12 +83,16 @@ def find_stop(text: str, rules: StopRules, *, final: bool = False) -> Stop | Non
     if not rules.multiline:
         return _end_of_line(text, rules)
     lines = text.split("\n")
+    base = _base(lines, rules)
     complete = lines if final else lines[:-1]
     at = 0
     kept: list[str] = []
     for index, line in enumerate(complete):
         # The first line shares its row with what stands before the cursor; only the later ones have an indentation.
-        stop = _ending(line, kept, rules) if index else None
+        stop = _ending(line, kept, rules, base) if index else None
+        # In the first column, where definitions follow each other without end, one paragraph is enough.
+        if not stop and kept and not base and indent_of(line) == 0 and line.strip() and not lines[index - 1].strip():
+            stop = StopReason.BLOCK
         if stop:
             return Stop(at + len(line) if stop is StopReason.END else at - 1, _told(stop))
         if line.strip():
@@ -87,9 +100,17 @@ def find_stop(text: str, rules: StopRules, *, final: bool = False) -> Stop | Non
         at += len(line) + 1
         if len(kept) >= rules.max_lines and len(lines) > index + 1:
             return Stop(at - 1, StopReason.BUDGET)
-    if not final and len(lines) > 1 and _leaves_already(lines[-1], rules):
+    if not final and len(lines) > 1 and _leaves_already(lines[-1], rules, base):
         return Stop(at - 1, StopReason.BLOCK)
     return None
+
+
+def _base(lines: Sequence[str], rules: StopRules) -> int:
+    # Where the cursor's line is finished, or there is none yet, the first line of the text's own tells.
+    if rules.base_indent is None or (rules.is_statement and not lines[0].strip()):
+        first = next((line for line in lines if line.strip()), "")
+        return indent_of(first)
+    return rules.base_indent
 
 
 def _end_of_line(text: str, rules: StopRules) -> Stop | None:
@@ -108,11 +129,11 @@ def _end_of_line(text: str, rules: StopRules) -> Stop | None:
     return Stop(len(line) + 1 + len(below), StopReason.LINE)
 
 
-def _leaves_already(line: str, rules: StopRules) -> bool:
+def _leaves_already(line: str, rules: StopRules, base: int) -> bool:
     # One character behind the indentation is enough to see that a line leaves the block; waiting for its end would
     # cost the time of ten tokens and more.
     stripped = line.lstrip()
-    return bool(stripped) and indent_of(line) < rules.base_indent and not (rules.closes_block and stripped[0] in ")]}")
+    return bool(stripped) and indent_of(line) < base and not (rules.closes_block and stripped[0] in ")]}")
 
 
 def whole_lines(text: str) -> str:
@@ -121,16 +142,18 @@ def whole_lines(text: str) -> str:
     return shorter if shorter.strip() else text
 
 
-def _ending(line: str, kept: Sequence[str], rules: StopRules) -> StopReason | None:
+def _ending(line: str, kept: Sequence[str], rules: StopRules, base: int) -> StopReason | None:
     stripped = line.strip()
     if not stripped:
         return None
-    if indent_of(line) < rules.base_indent:
-        closes = rules.closes_block and stripped[0] in ")]}" and indent_of(line) <= rules.base_indent
+    if indent_of(line) < base:
+        closes = rules.closes_block and stripped[0] in ")]}"
         # END marks the one line that is kept although it ends the block; it is reported as BLOCK.
         return StopReason.END if closes else StopReason.BLOCK
     if any(_alike(stripped, other) for other in rules.next_lines[:1]):
         return StopReason.SUFFIX
+    if kept and indent_of(line) == base == rules.next_indent and _ENDS_BODY.match(stripped):
+        return StopReason.BLOCK  # what stands below could never be reached
     if _repeats([*kept, stripped]):
         return StopReason.REPETITION
     return None
