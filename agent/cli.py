@@ -67,7 +67,7 @@ def _main(
 
 def _talk(work: Callable[[Any], Coroutine[Any, Any, T]], *, start: bool = True) -> T:
     """Run `work` with a client of the daemon, which is started first where it is needed."""
-    from agent.client import DaemonClient  # httpx takes 0.1 s to import, and half of the commands need none
+    from agent.client import DaemonClient  # aiohttp takes 0.15 s to import, and half of the commands need none
 
     async def run() -> T:
         async with DaemonClient() as client:
@@ -332,7 +332,7 @@ def bench_cancel(as_json: Json = False) -> None:
 @bench.command("engine")
 def bench_engine(as_json: Json = False) -> None:
     """Prefill, decode and cancelling in the engine."""
-    from agent import bench as benchmarks  # httpx, like the two below
+    from agent import bench as benchmarks  # aiohttp, like the two below
 
     _show_figures(asyncio.run(benchmarks.engine()), as_json)
 

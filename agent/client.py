@@ -15,10 +15,11 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 from filelock import AsyncFileLock, FileLock, Timeout
 
 from agent import paths, wire
@@ -32,6 +33,8 @@ _START_S = 20.0  # a daemon that does not answer by then has failed; it takes 0.
 _POLL_S = 0.02
 _RESPAWN_S = 0.5  # between two tries while a daemon that is about to end still holds the lock
 _ANSWER_S = 30.0  # for the short routes: while llama.cpp loads a large model from a slow disk, nothing else answers
+_KEEP_S = 4.0  # for an idle connection; uvicorn closes them after 5 s, and a request that is just then sent is lost
+_LINE_BYTES = 1 << 20  # aiohttp refuses longer lines than twice this; a completion's has some KB
 _REPLACE_S = 5.0  # for a daemon of another version to end, once it agreed to
 
 Part = str | Completion | Explanation
@@ -45,7 +48,7 @@ class DaemonClient:
         self.on_loading: Callable[[], None] | None = None
         """Called when an answer has to wait for the model to be loaded."""
         self._runtime = paths.runtime_dir()
-        self._http = _http_client(self._runtime)
+        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "DaemonClient":
         """Return itself; the connection is closed when the block ends."""
@@ -53,19 +56,18 @@ class DaemonClient:
 
     async def __aexit__(self, *_: object) -> None:
         """Close the connection."""
-        await self._http.aclose()
+        await self._close()
 
     async def health(self) -> dict[str, Any] | None:
         """Return what the daemon says of itself; None where none answers."""
         try:
-            answer = await self._http.get("/healthz", timeout=_ANSWER_S)
-        except httpx.TimeoutException:
+            return await self._ask("GET", "/healthz")
+        except TimeoutError:
             raise DaemonError(
                 f"the daemon does not answer within {_ANSWER_S:.0f} s; run: tabwise stop, and see {paths.log_dir()}"
             ) from None
-        except httpx.HTTPError:
+        except aiohttp.ClientError:
             return None
-        return _fields(answer)
 
     async def ensure_daemon(self) -> None:
         """Have a daemon of this version run.
@@ -94,7 +96,7 @@ class DaemonClient:
 
     async def complete(self, request: CompletionRequest) -> AsyncGenerator[str | Completion, None]:
         """Ask for a completion: parts of its text, then the whole. Closing the stream cancels it."""
-        async with aclosing(self._lines("/tabwise/complete", wire.plain(request))) as stream:
+        async with aclosing(self._lines("/tabwise/complete", wire.body(request))) as stream:
             async for fields in stream:
                 if "completion" in fields:
                     yield wire.structure(Completion, fields["completion"])
@@ -103,7 +105,7 @@ class DaemonClient:
 
     async def explain(self, request: ExplanationRequest) -> AsyncGenerator[str | Explanation, None]:
         """Ask for an explanation: parts of its Markdown, then the whole. Closing the stream cancels it."""
-        async with aclosing(self._lines("/tabwise/explain", wire.plain(request))) as stream:
+        async with aclosing(self._lines("/tabwise/explain", wire.body(request))) as stream:
             async for fields in stream:
                 if "explanation" in fields:
                     yield wire.structure(Explanation, fields["explanation"])
@@ -117,7 +119,7 @@ class DaemonClient:
 
     async def warm(self) -> AsyncGenerator[str, None]:
         """Have the model loaded; yields "loading" where that takes time, and "ready"."""
-        async with aclosing(self._lines("/tabwise/warm", {})) as stream:
+        async with aclosing(self._lines("/tabwise/warm", b"{}")) as stream:
             async for fields in stream:
                 yield str(fields["state"])
 
@@ -132,10 +134,10 @@ class DaemonClient:
     async def shutdown(self, *, if_idle: bool = False) -> bool:
         """Tell the daemon to end; False where it is busy and was asked to end only if it is not."""
         try:
-            answer = await self._http.post("/shutdown", params={"if_idle": "1"} if if_idle else {}, timeout=_ANSWER_S)
-        except httpx.HTTPError as error:
+            answer = await self._ask("POST", "/shutdown" + ("?if_idle=1" if if_idle else ""))
+        except (TimeoutError, aiohttp.ClientError) as error:
             raise _unreachable(error) from None
-        return bool(_fields(answer).get("stopping"))
+        return bool(answer.get("stopping"))
 
     async def wait_until_gone(self, seconds: float) -> bool:
         """Wait until no daemon answers any more; False where one still does after `seconds`."""
@@ -157,8 +159,7 @@ class DaemonClient:
     async def _health_anew(self) -> dict[str, Any] | None:
         # On Windows the port changes with each daemon; elsewhere this is the same socket file.
         if os.name != "posix":
-            await self._http.aclose()
-            self._http = _http_client(self._runtime)
+            await self._close()
         return await self.health()
 
     async def _replace(self, health: dict[str, Any]) -> None:
@@ -190,34 +191,48 @@ class DaemonClient:
             await asyncio.sleep(_POLL_S)
         raise DaemonError(f"the daemon does not answer {_START_S:.0f} s after its start; see {folder}")
 
-    async def _lines(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        timeout = httpx.Timeout(_ANSWER_S, read=None)  # a cold prompt may take long; callers cancel, not the clock
+    async def _lines(self, path: str, body: bytes) -> AsyncGenerator[dict[str, Any], None]:
+        # A cold prompt may take long: callers cancel, not the clock.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_ANSWER_S)
         finished = False
         try:
-            async with self._http.stream("POST", path, content=wire.body(body), timeout=timeout) as answer:
-                if answer.status_code != httpx.codes.OK:
-                    await answer.aread()
-                    raise wire.error_from(_fields(answer).get("error", {}))
-                async for line in answer.aiter_lines():
+            async with self._open().post(path, data=body, timeout=timeout) as answer:
+                if answer.status != HTTPStatus.OK:
+                    raise wire.error_from((await _fields(answer)).get("error", {}))
+                async for line in answer.content:
                     fields = json.loads(line)
                     if "error" in fields:
                         raise wire.error_from(fields["error"])
                     finished = "text" not in fields and fields.get("state") != "loading"
                     yield fields
-        except httpx.HTTPError as error:
+        except aiohttp.ClientError as error:
             raise _unreachable(error) from None
         if not finished:
             raise DaemonError("the daemon broke off in the middle of an answer; try again")
 
     async def _get(self, path: str) -> dict[str, Any]:
         try:
-            answer = await self._http.get(path, timeout=_ANSWER_S)
-        except httpx.HTTPError as error:
+            fields = await self._ask("GET", path)
+        except (TimeoutError, aiohttp.ClientError) as error:
             raise _unreachable(error) from None
-        fields = _fields(answer)
-        if answer.status_code != httpx.codes.OK:
-            raise wire.error_from(fields.get("error", {}))
+        if "error" in fields:
+            raise wire.error_from(fields["error"])
         return fields
+
+    async def _ask(self, method: str, path: str) -> dict[str, Any]:
+        timeout = aiohttp.ClientTimeout(total=_ANSWER_S)
+        async with self._open().request(method, path, timeout=timeout) as answer:
+            return await _fields(answer)
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = _new_session(self._runtime)
+        return self._session
+
+    async def _close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
 
 
 def _spawn(folder: Path, errors: Path) -> subprocess.Popen[bytes]:
@@ -241,17 +256,21 @@ def _is_ours(health: dict[str, Any] | None) -> bool:
     return health is not None and health.get("version") == __version__ and health.get("api") == wire.API
 
 
-def _http_client(runtime: Path) -> httpx.AsyncClient:
+def _new_session(runtime: Path) -> aiohttp.ClientSession:
+    connector: aiohttp.BaseConnector
     if os.name == "posix":
-        transport = httpx.AsyncHTTPTransport(uds=str(runtime / "daemon.sock"))
-        return httpx.AsyncClient(transport=transport, base_url="http://tabwise")
+        connector = aiohttp.UnixConnector(str(runtime / "daemon.sock"), keepalive_timeout=_KEEP_S)
+        return aiohttp.ClientSession("http://tabwise", connector=connector, read_bufsize=_LINE_BYTES)
     port = token = ""
     with contextlib.suppress(OSError):
         port = (runtime / "port").read_text(encoding="utf-8")
         token = (runtime / "token").read_text(encoding="utf-8")
-    # trust_env off: a proxy from the environment must never see what is meant for this machine.
-    return httpx.AsyncClient(
-        base_url=f"http://127.0.0.1:{port or 1}", headers={"Authorization": f"Bearer {token}"}, trust_env=False
+    # Proxies of the environment are left aside, as is aiohttp's default: none may see what is meant for this machine.
+    return aiohttp.ClientSession(
+        f"http://127.0.0.1:{port or 1}",
+        connector=aiohttp.TCPConnector(keepalive_timeout=_KEEP_S),
+        headers={"Authorization": f"Bearer {token}"},
+        read_bufsize=_LINE_BYTES,
     )
 
 
@@ -260,17 +279,17 @@ def _daemon_environment() -> dict[str, str]:
     return os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def _fields(answer: httpx.Response) -> dict[str, Any]:
+async def _fields(answer: aiohttp.ClientResponse) -> dict[str, Any]:
     try:
-        fields = answer.json()
+        fields = json.loads(await answer.read())
     except ValueError:
         fields = None
     if not isinstance(fields, dict):
-        raise DaemonError(f"the daemon answered {answer.status_code} without JSON; see {paths.log_dir()}")
+        raise DaemonError(f"the daemon answered {answer.status} without JSON; see {paths.log_dir()}")
     return fields
 
 
-def _unreachable(error: httpx.HTTPError) -> TabwiseError:
-    if isinstance(error, httpx.ConnectError):
+def _unreachable(error: aiohttp.ClientError | TimeoutError) -> TabwiseError:
+    if isinstance(error, aiohttp.ClientConnectorError):
         return DaemonGoneError("no daemon runs; it is started with the next request")
     return DaemonError(f"the daemon broke off ({type(error).__name__}); try again")

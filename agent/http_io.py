@@ -6,7 +6,7 @@ Knows connections and errors, not what is asked or answered.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from http import HTTPStatus
 
 from starlette.requests import Request
@@ -15,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 
 from agent import wire
 from agent.errors import ModelError, PromptTooLongError, RequestError, TabwiseError
-from agent.racing import until
 
 log = logging.getLogger(__name__)
 
@@ -79,19 +78,22 @@ class Streamed(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer as an ASGI application; the request's body must have been read."""
         del scope
-        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         with self._open_requests:
-            async with aclosing(until_gone(receive, self._parts)) as parts:
-                await send(start)
-                async for part in parts:
-                    # A client that does not read must not hold the engine's turn.
-                    try:
-                        async with asyncio.timeout(_SEND_S):
-                            await send({"type": "http.response.body", "body": part, "more_body": True})
-                    except TimeoutError:
-                        log.warning("a client took nothing for %.0f s; its request was given up", _SEND_S)
-                        return
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            async with while_connected(receive):
+                await self._send(send)
+
+    async def _send(self, send: Send) -> None:
+        async with aclosing(self._parts) as parts:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for part in parts:
+                # A client that does not read must not hold the engine's turn.
+                try:
+                    async with asyncio.timeout(_SEND_S):
+                        await send({"type": "http.response.body", "body": part, "more_body": True})
+                except TimeoutError:
+                    log.warning("a client took nothing for %.0f s; its request was given up", _SEND_S)
+                    return
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def lines(open_requests: OpenRequests, parts: AsyncGenerator[bytes, None]) -> Response:
@@ -108,19 +110,30 @@ def lines(open_requests: OpenRequests, parts: AsyncGenerator[bytes, None]) -> Re
     return Streamed(body(), "application/x-ndjson", open_requests)
 
 
-async def until_gone(receive: Receive, parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """Yield `parts` until the client closes its connection; its body must have been read."""
-    gone = asyncio.Event()
+@asynccontextmanager
+async def while_connected(receive: Receive) -> AsyncGenerator[None, None]:
+    """Cancel the body, once, when the client closes its connection, and go on behind it; all was read that it sent.
+
+    Once, so that what cleans up may wait.
+    """
+    working = asyncio.current_task()
+    assert working is not None
+    gone = False
 
     async def watch() -> None:
+        nonlocal gone
         while (await receive())["type"] != "http.disconnect":
             pass
-        gone.set()
+        gone = True
+        working.cancel()
 
     watcher = asyncio.create_task(watch())
     try:
-        async with aclosing(until(gone, parts)) as stream:
-            async for part in stream:
-                yield part
+        yield
+        if gone:
+            await asyncio.sleep(0)  # where the cancel that is under way arrives
+    except asyncio.CancelledError:
+        if not gone or working.uncancel():
+            raise
     finally:
         watcher.cancel()

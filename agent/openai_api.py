@@ -21,7 +21,7 @@ from agent.context import surroundings
 from agent.engine_host import EngineHost
 from agent.engines.base import Decoded, Finished, GenerationRequest, Prefilled, Task
 from agent.errors import RequestError, TabwiseError
-from agent.http_io import OpenRequests, Streamed, body_of, status_of, until_gone
+from agent.http_io import OpenRequests, Streamed, body_of, status_of, while_connected
 from agent.loaded import LoadedModel
 from agent.types import Chat, Message
 
@@ -148,7 +148,8 @@ async def _answer(
     if body.stream:
         return Streamed(chunks(), "text/event-stream", open_requests)
 
-    async def whole() -> AsyncGenerator[bytes, None]:
+    answer: dict[str, Any] = {}
+    async with while_connected(request.receive):
         said = ""
         async with aclosing(_texts(host, body)) as stream:
             async for text, end in stream:
@@ -156,10 +157,7 @@ async def _answer(
                 if end:
                     choice = shape.choice(said, end["finish_reason"], streamed=False)
                     answer = head | {"object": shape.whole, "choices": [choice], "usage": end["usage"]}
-                    yield json.dumps(answer, ensure_ascii=False).encode()
-
-    async with aclosing(until_gone(request.receive, whole())) as parts:
-        return Response(b"".join([part async for part in parts]), media_type="application/json")
+    return Response(json.dumps(answer, ensure_ascii=False), media_type="application/json")
 
 
 async def _texts(

@@ -222,7 +222,7 @@ def _start_log(settings: Settings) -> None:
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(settings.log.level.upper())
-    for noisy in ("httpx", "httpcore", "filelock", "asyncio", "uvicorn"):
+    for noisy in ("aiohttp", "filelock", "asyncio", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

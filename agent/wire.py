@@ -28,9 +28,9 @@ def line(**fields: Any) -> bytes:
     return json.dumps(fields, default=_plain, separators=(",", ":")).encode() + b"\n"
 
 
-def body(fields: dict[str, Any]) -> bytes:
-    """Return a request's body; halves of surrogate pairs, which are no text, become U+FFFD."""
-    return _SURROGATES.sub("\ufffd", json.dumps(fields, ensure_ascii=False)).encode()
+def body(request: Any) -> bytes:
+    """Return a dataclass as a request's body; halves of surrogate pairs, which are no text, become U+FFFD."""
+    return _SURROGATES.sub("\ufffd", json.dumps(request, ensure_ascii=False, default=_plain)).encode()
 
 
 def error_fields(error: TabwiseError) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The language server's line to the daemon: opened when first needed, mended when it broke.
 
-Imports the client, and with it httpx and pydantic, only after `initialize` was answered: they take as long as half of
+Imports the client, and with it aiohttp and pydantic, only after `initialize` was answered: they take as long as half of
 the server's start. Knows no protocol.
 """
 

@@ -73,9 +73,9 @@ def main() -> None:
         level=options.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    # These log parameters and payloads, which are text of the user's; httpx logs every request.
+    # These log parameters and payloads, which are text of the user's; clients may log every request.
     logging.getLogger("pygls").setLevel(logging.CRITICAL + 1)
-    for noisy in ("httpx", "httpcore", "filelock", "asyncio"):
+    for noisy in ("aiohttp", "filelock", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     create_server().start_io()
 

@@ -19,10 +19,11 @@ import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import psutil
 import xllamacpp
 
@@ -33,7 +34,9 @@ from agent.errors import EngineError, ModelCorruptError, PromptTooLongError
 from agent.types import Chat, Message
 
 _QUIET = -1  # llama.cpp's log goes to standard error and may quote prompts
-_TIMEOUT = httpx.Timeout(5.0, read=None)  # a long prefill says nothing for a while; callers cancel, not the clock
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
+"""A long prefill says nothing for a while; callers cancel, not the clock."""
+_LINE_BYTES = 1 << 20  # aiohttp refuses longer lines than twice this; a token's, with 40 others, has 5 KB
 
 
 class LlamaCppEngine:
@@ -47,12 +50,13 @@ class LlamaCppEngine:
         self._batch_tokens = settings.batch_tokens
         self._server: xllamacpp.Server | None = server
         self._socket = socket
-        self._http = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=str(socket)),
-            base_url="http://engine",
-            timeout=_TIMEOUT,
+        self._http = aiohttp.ClientSession(
+            "http://engine",
             # The server closes a connection after each stream without saying so beforehand.
+            connector=aiohttp.UnixConnector(str(socket), force_close=True),
             headers={"Connection": "close"},
+            timeout=_TIMEOUT,
+            read_bufsize=_LINE_BYTES,
         )
 
     @classmethod
@@ -164,11 +168,10 @@ class LlamaCppEngine:
         }
         seen = 0
         try:
-            async with self._http.stream("POST", "/completion", json=body) as answer:
-                if answer.status_code != httpx.codes.OK:
-                    await answer.aread()
-                    raise EngineError(f"llama.cpp refused the request: {_reason(answer)}")
-                async for line in _lines(answer):
+            async with self._http.post("/completion", json=body) as answer:
+                if answer.status != HTTPStatus.OK:
+                    raise EngineError(f"llama.cpp refused the request: {await _reason(answer)}")
+                async for line in answer.content:
                     if not line.startswith(b"data: "):
                         continue
                     data = json.loads(line.removeprefix(b"data: "))
@@ -177,7 +180,7 @@ class LlamaCppEngine:
                         seen = int(data["tokens_predicted"])
                     if event is not None:
                         yield event
-        except httpx.HTTPError as error:
+        except aiohttp.ClientError as error:
             raise EngineError(f"llama.cpp broke off ({type(error).__name__}); try again") from None
 
     async def _event(self, data: dict[str, Any], seen: int) -> Event | None:
@@ -220,29 +223,20 @@ class LlamaCppEngine:
     async def close(self) -> None:
         """Free the model's memory."""
         server, self._server = self._server, None
-        await self._http.aclose()
+        await self._http.close()
         del server
         with contextlib.suppress(FileNotFoundError):
             self._socket.unlink()
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
-            answer = await self._http.post(path, json=body)
-        except httpx.HTTPError as error:
+            async with self._http.post(path, json=body) as answer:
+                if answer.status != HTTPStatus.OK:
+                    raise EngineError(f"llama.cpp refused {path}: {await _reason(answer)}")
+                result: dict[str, Any] = json.loads(await answer.read())
+                return result
+        except aiohttp.ClientError as error:
             raise EngineError(f"llama.cpp does not answer ({type(error).__name__}); try again") from None
-        if answer.status_code != httpx.codes.OK:
-            raise EngineError(f"llama.cpp refused {path}: {_reason(answer)}")
-        result: dict[str, Any] = answer.json()
-        return result
-
-
-async def _lines(answer: httpx.Response) -> AsyncGenerator[bytes, None]:
-    # Not aiter_lines(), which takes U+2028 and U+0085 in a model's text for ends of lines.
-    rest = b""
-    async for chunk in answer.aiter_bytes():
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line
 
 
 def devices() -> list[tuple[str, str]]:
@@ -270,8 +264,8 @@ def _params(path: Path, settings: EngineSettings, socket: Path) -> xllamacpp.Com
     return params
 
 
-def _reason(answer: httpx.Response) -> str:
+async def _reason(answer: aiohttp.ClientResponse) -> str:
     try:
-        return str(answer.json()["error"]["message"])
+        return str(json.loads(await answer.read())["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"status {answer.status_code}"
+        return f"status {answer.status}"
