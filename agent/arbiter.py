@@ -23,6 +23,7 @@ class Arbiter:
     def __init__(self, engine: Engine) -> None:
         """Take charge of `engine`, which nobody else may use from now on."""
         self.context_tokens = engine.context_tokens
+        self.on_gpu = engine.on_gpu
         self._engine = engine
         self._turn = asyncio.Lock()
         self._waiting = 0  # completions that wait or run

@@ -20,6 +20,7 @@ from agent.types import Completion, CompletionRequest, Generation, Snippet, Sour
 _TOKEN_CHARS = 6  # more than a token of code has on average: what is longer by this need not be counted to be too long
 _TRIES_TO_FIT = 8  # each halves the error of the estimate; more are never needed
 _BRIEF = 3  # a third of the usual prompt is read in 1.5 s on two cores: the pause after a jump is about as long
+_SNIPPET_TOKENS, _SNIPPET_TOKENS_GPU = 256, 1024  # read in pauses only: 2.5 s on two cores, a tenth of one on a GPU
 _FRAME_TOKENS = 64  # for sentinels and the paths of snippets
 _DETOURS = 4  # healed tokens that may be forced before the text is taken as it stands
 
@@ -314,12 +315,15 @@ async def _prompt(
     budget: int,
 ) -> tuple[tuple[int, ...], list[Token]]:
     """Return the ids of the prompt without the live text, and the tokens of the live text."""
-    # Whatever the settings say, the parts fit together: a half, a quarter, an eighth and an eighth of what is left.
+    # Whatever the settings say, the parts fit together: three eighths, a quarter, a quarter and an eighth of what is left.
     room = loaded.engine.context_tokens - budget - _FRAME_TOKENS
     share = _BRIEF if request.brief else 1
-    head = await _fit(loaded, around.head, min(settings.prefix_tokens // share, room // 2), keep_end=True)
+    head = await _fit(loaded, around.head, min(settings.prefix_tokens // share, room * 3 // 8), keep_end=True)
     suffix = await _fit(loaded, around.suffix, min(settings.suffix_tokens // share, room // 4), keep_end=False)
-    snippets = await _fit_snippets(loaded, request.snippets, min(settings.snippet_tokens, room // 8))
+    allowed = settings.snippet_tokens
+    if allowed < 0:
+        allowed = _SNIPPET_TOKENS_GPU if loaded.engine.on_gpu else _SNIPPET_TOKENS
+    snippets = await _fit_snippets(loaded, request.snippets, min(allowed, room // 4))
     pieces = fim.render(
         loaded.fim,
         head=head,

@@ -78,7 +78,18 @@ class CompletionSettings(_Section):
     prefix_tokens: int = Field(384, ge=16, le=65_536, description="Most tokens of text before the cursor in a prompt.")
     suffix_tokens: int = Field(128, ge=0, le=65_536, description="Most tokens of text behind the cursor in a prompt.")
     snippet_tokens: int = Field(
-        256, ge=0, le=65_536, description="Most tokens from elsewhere, other cells of a notebook for instance."
+        -1,
+        ge=-1,
+        le=65_536,
+        description="Most tokens from other files: declarations of what is imported, similar pieces, recent edits. -1 for "
+        "256 on a CPU and 1,024 on a GPU, 0 for none.",
+    )
+    exclude: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        json_schema_extra=_EDITOR,
+        description="Files whose text never enters another file's prompt, in the form of `.gitignore`, beside what that "
+        "names and what holds secrets.",
     )
     line_tokens: int = Field(48, ge=1, le=4096, description="Most new tokens where one line is wanted.")
     block_tokens: int = Field(96, ge=1, le=4096, description="Most new tokens where a block is wanted.")

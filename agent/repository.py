@@ -143,7 +143,8 @@ class Repository:
         others = [each for each in open_documents if each.path != document and len(each.text) <= MAX_FILE_BYTES]
         others = [each for each in others[-_MAX_TEXTS:] if self.may_read(each.path)]
         with self._lock:
-            visit = _Visit({each.path: normal_newlines(each.text) for each in others})
+            # Its own text, too: what stands in its file may be older, and is never read.
+            visit = _Visit({document: prefix + suffix} | {each.path: normal_newlines(each.text) for each in others})
             declared = list(self._declared(document, language, prefix, visit, int(budget_chars * _SHARES[0])))
             texts = list(self._texts(document, recent_files, visit))
         if len(prefix) + len(suffix) <= MAX_FILE_BYTES:
@@ -222,7 +223,8 @@ class Repository:
         # The most recently visited first, as many as there is time for.
         left = _MAX_TEXT_CHARS
         closed = (path for path in reversed(recent[-_MAX_TEXTS:]) if path != document and path not in visit.open)
-        for path in islice((*reversed(visit.open), *closed), _MAX_TEXTS):
+        open_ones = (path for path in reversed(visit.open) if path != document)
+        for path in islice((*open_ones, *closed), _MAX_TEXTS):
             file = self._file(path, visit) if path in visit.open or self.may_read(path) else None
             left -= len(file.text) if file else 0
             if left < 0:

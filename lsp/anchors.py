@@ -8,6 +8,7 @@ text above or behind changes, and when the live text has grown too long. Pure: k
 from dataclasses import dataclass
 
 from agent.context import Surroundings, normal_newlines, surroundings
+from agent.types import Snippet
 from lsp.documents import Document, Place
 
 WINDOW_LINES = 64
@@ -32,6 +33,8 @@ class Anchor:
     """The text behind the cursor, as a prompt has it."""
     brief: bool = True
     """Whether prompts are short here: the engine has not read the long one yet."""
+    snippets: tuple[Snippet, ...] = ()
+    """What stands elsewhere and helps here; nothing while prompts are short."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,14 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from agent import postprocess
 from agent.context import Surroundings
 from agent.errors import TabwiseError
-from agent.types import Completion, CompletionRequest, StopReason, Trigger
+from agent.types import Completion, CompletionRequest, Snippet, StopReason, Trigger
 from agent.types import Document as DocumentFacts
 from lsp import anchors, triggers
 from lsp.agent_link import AgentLink
@@ -100,13 +100,25 @@ class _Session:
 class Completions:
     """The completions of one editor."""
 
-    def __init__(self, link: AgentLink, clock: Callable[[], float] = time.monotonic) -> None:
-        """Know nothing yet."""
+    def __init__(
+        self,
+        link: AgentLink,
+        clock: Callable[[], float] = time.monotonic,
+        elsewhere: Callable[[Asked], Awaitable[tuple[Snippet, ...]]] | None = None,
+    ) -> None:
+        """Know nothing yet.
+
+        Args:
+            link: The line to the daemon.
+            clock: Seconds, from anywhere on.
+            elsewhere: Returns what stands elsewhere and helps at a cursor; asked when a long prompt is read.
+        """
         self.on_grown: Callable[[Document], None] | None = None
         """Called when a text that was answered early is whole."""
         self.rhythm = Rhythm()
         self.patience = Patience()
         self._link = link
+        self._elsewhere = elsewhere
         self._clock = clock
         self._sessions: dict[str, _Session] = {}
 
@@ -194,7 +206,7 @@ class Completions:
     def _ask(self, session: _Session, asked: Asked, key: Key, around: Surroundings) -> None:
         self._give_up(session)
         entry = session.cache.add(key, around.live)
-        request = _request(asked, around, around.live, brief=session.anchor is None or session.anchor.brief)
+        request = _request(asked, around, around.live, session.anchor)
         self._write(session, _Writing(key, entry, ahead=False), request)
 
     def _look_ahead(self, session: _Session, asked: Asked, key: Key, entry: Entry, around: Surroundings) -> None:
@@ -205,8 +217,7 @@ class Completions:
             self._move_anchor(session, asked, around)
             return
         entry.growing = True
-        brief = session.anchor is None or session.anchor.brief
-        request = _request(asked, around, entry.text, ahead=True, brief=brief)
+        request = _request(asked, around, entry.text, session.anchor, ahead=True)
         self._write(session, _Writing(key, entry, ahead=True), request)
         self._move_anchor(session, asked, around)
 
@@ -230,13 +241,14 @@ class Completions:
         for brief in (True, False) if is_new else (False,):
             if is_new and not brief:
                 await asyncio.sleep(_REANCHOR_S)
-            request = _request(asked, around, around.live, ahead=True, max_tokens=0, brief=brief)
-            if not await self._was_read(request):
+            snippets = () if brief or self._elsewhere is None else await self._elsewhere(asked)
+            anchor = replace(anchor, brief=brief, snippets=snippets)
+            if not await self._was_read(_request(asked, around, around.live, anchor, ahead=True, max_tokens=0)):
                 return
             if old is not None and anchor.head.startswith(old.head) and anchor.head != old.head:
                 above = anchor.head[len(old.head) :]
                 session.cache.move((old.head, old.suffix), (anchor.head, anchor.suffix), above)
-            session.anchor = old = replace(anchor, brief=brief)
+            session.anchor = old = anchor
 
     async def _was_read(self, request: CompletionRequest) -> bool:
         try:
@@ -349,8 +361,8 @@ def _request(
     asked: Asked,
     around: Surroundings,
     live: str,
+    anchor: Anchor | None,
     *,
-    brief: bool,
     ahead: bool = False,
     max_tokens: int | None = None,
 ) -> CompletionRequest:
@@ -359,10 +371,11 @@ def _request(
         document=asked.facts,
         prefix=around.head + live,
         suffix=around.closers + around.suffix if live == around.live else around.suffix,
+        snippets=anchor.snippets if anchor is not None else (),
         trigger=asked.trigger,
         anchor=len(around.head),
         activity_ms=asked.activity_ms,
-        brief=brief,
+        brief=anchor is None or anchor.brief,
         ahead=ahead,
         max_tokens=max_tokens,
     )

@@ -10,8 +10,9 @@ from urllib.parse import unquote, urlsplit
 
 from agent import types as agent_types
 from lsp.agent_link import AgentLink
-from lsp.completions import Completions
+from lsp.completions import Asked, Completions
 from lsp.documents import Document, Library, Units
+from lsp.elsewhere import Elsewhere
 from lsp.requests import Latest
 from lsp.settings import EditorSettings
 
@@ -26,6 +27,7 @@ class State:
     settings: EditorSettings = field(default_factory=EditorSettings)
     completions: Completions = field(init=False)
     requests: Latest = field(default_factory=Latest)
+    elsewhere: Elsewhere = field(default_factory=Elsewhere)
     roots: list[str] = field(default_factory=list)
     """URIs of the workspace's folders."""
     last_change: float = 0.0
@@ -37,8 +39,17 @@ class State:
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Give the completions their line to the daemon."""
-        self.completions = Completions(self.link)
+        """Give the completions their line to the daemon, and to the rest of the workspace."""
+        self.completions = Completions(self.link, elsewhere=self._snippets)
+
+    async def _snippets(self, asked: Asked) -> tuple[agent_types.Snippet, ...]:
+        settings = (await self.settings.current()).completion
+        if settings.snippet_tokens == 0:
+            return ()
+        others = self.library.documents.values()
+        return await self.elsewhere.snippets(
+            asked.document, asked.place, roots=self.roots, exclude=settings.exclude, others=others
+        )
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` in the background, and keep it from being collected."""

@@ -66,6 +66,7 @@ class FakeEngine:
     batch_s: float = 0.0
     batch_tokens: int = 64
     context_tokens: int = 4096
+    on_gpu: bool = False
     alternatives: dict[str, str] = field(default_factory=dict)
     """For a character that would be said: the characters that are offered besides it."""
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -130,6 +131,8 @@ class FakeEngine:
 
 def scripted(prompt: str) -> str:
     """Answer by what stands in the prompt, so that tests of whole processes can choose."""
+    if "ELSEWHERE" in prompt:
+        return "elsewhere\n"
     if "SLOW" in prompt:
         return "x" * 400
     if "ODD" in prompt:

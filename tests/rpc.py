@@ -79,11 +79,13 @@ class Rpc:
             raise RpcError(response["error"])
         return response["result"]
 
-    async def initialize(self, *, inline: bool = True, options: Any = None, **capabilities: Any) -> JSON:
+    async def initialize(
+        self, *, inline: bool = True, options: Any = None, root: str = "file:///work", **capabilities: Any
+    ) -> JSON:
         text_document: JSON = {"inlineCompletion": {}} if inline else {}
         params = {
             "processId": None,
-            "rootUri": "file:///work",
+            "rootUri": root,
             "capabilities": {"textDocument": text_document, **capabilities},
             "initializationOptions": options,
         }

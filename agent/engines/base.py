@@ -99,6 +99,8 @@ class Engine(Protocol):
 
     context_tokens: int
     """Most tokens of prompt and answer together."""
+    on_gpu: bool
+    """Whether a GPU computes: prompts are then read ten times as fast and more."""
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
         """Return the tokens of `text`.

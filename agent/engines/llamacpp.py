@@ -45,6 +45,7 @@ class LlamaCppEngine:
     def __init__(self, server: xllamacpp.Server, socket: Path, settings: EngineSettings) -> None:
         """Wrap a running server; use `load`."""
         self.context_tokens = settings.context_tokens
+        self.on_gpu = settings.gpu_layers != 0 and any(kind == "GPU" for kind, _ in devices())
         self._slots = Slots(settings.completion_slots)
         self._explanation_slot = settings.completion_slots
         self._batch_tokens = settings.batch_tokens

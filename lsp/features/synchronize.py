@@ -28,6 +28,7 @@ def register(server: LanguageServer, state: State) -> None:
     def did_close(params: types.DidCloseTextDocumentParams) -> None:
         state.library.documents.pop(params.text_document.uri, None)
         state.completions.forget(params.text_document.uri)
+        state.elsewhere.closed(params.text_document.uri)
 
     @server.feature(types.NOTEBOOK_DOCUMENT_DID_OPEN)
     def notebook_did_open(params: types.DidOpenNotebookDocumentParams) -> None:
@@ -57,12 +58,16 @@ def _change(
     identifier: types.VersionedTextDocumentIdentifier,
     changes: Sequence[types.TextDocumentContentChangeEvent],
 ) -> None:
-    document = state.library.documents.get(identifier.uri)
+    document = state.library.documents.pop(identifier.uri, None)
     if document is None:
         log.warning("a change of a document that was never opened was ignored")
         return
     made = [_as_change(change) for change in changes]
-    state.library.documents[identifier.uri] = document.changed(identifier.version, made)
+    # At the end: the document that was visited last.
+    document = state.library.documents[identifier.uri] = document.changed(identifier.version, made)
+    for change in made:
+        if change.start is not None:
+            state.elsewhere.edits.note(document, change.start[0], change.start[0] + change.text.count("\n"))
     state.deleted = bool(made) and made[-1].start is not None and not made[-1].text
     state.last_change = time.monotonic()
     state.completions.rhythm.key(state.last_change)

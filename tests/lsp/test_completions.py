@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from agent.types import Document as Facts
-from agent.types import Trigger
+from agent.types import Snippet, Trigger
 from lsp.anchors import Around
 from lsp.completions import Asked, Completions
 from lsp.documents import Document, Units
@@ -170,7 +170,7 @@ async def test_a_place_where_the_cursor_rests_is_read_ahead() -> None:
     made = completions(link)
     made.rest(asked("value█"))
     made.rest(asked("value = █"))
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(1.0)
     assert [(one.prefix, one.max_tokens, one.ahead) for one in link.requests] == [("value = ", 0, True)] * 2
 
 
@@ -242,3 +242,22 @@ async def test_random_typing_shows_only_what_fits() -> None:
         await asyncio.sleep(rng.random() * 0.01)
     results = await asyncio.gather(*running, return_exceptions=True)
     assert not [one for one in results if isinstance(one, AssertionError)]
+
+
+async def test_what_stands_elsewhere_is_asked_for_when_a_long_prompt_is_read_and_kept_with_its_anchor() -> None:
+    link = FakeLink(tells)
+    near = (Snippet("helpers.py", "def compute(first, second): ..."),)
+    looked: list[Asked] = []
+
+    async def elsewhere(place: Asked) -> tuple[Snippet, ...]:
+        looked.append(place)
+        return near
+
+    made = Completions(link, elsewhere=elsewhere)  # type: ignore[arg-type]
+    assert await shown(made, "v█") == "alue = compute(first, second)"
+    assert not looked
+    await asyncio.sleep(1.0)
+    assert await shown(made, "w█") == "otherwise"
+    assert len(looked) == 1
+    assert [(one.brief, one.snippets) for one in link.requests if one.prefix == "v"] == [(True, ()), (False, near)]
+    assert [(one.brief, one.snippets) for one in link.requests if one.prefix == "w"] == [(False, near)]

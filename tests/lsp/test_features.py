@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -418,3 +419,31 @@ async def test_explain_is_not_offered_to_who_wants_other_kinds(fake_world: World
         )
         == []
     )
+
+
+@pytest.mark.parametrize(
+    ("ignored", "exclude", "says"),
+    [("", [], "elsewhere"), ("helpers.py", [], "value = 1"), ("", ["helpers.*"], "value = 1")],
+)
+async def test_a_prompt_holds_what_is_imported_unless_it_is_ignored_or_excluded(
+    fake_daemon: StartDaemon, server: Start, tmp_path: Path, ignored: str, exclude: list[str], says: str
+) -> None:
+    fake_daemon()
+    folder = tmp_path / "project"
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".gitignore").write_text(f"{ignored}\n")
+    (folder / "helpers.py").write_text("def compute(ELSEWHERE):\n    return ELSEWHERE\n")
+    rpc = await server()
+    await rpc.initialize(root=folder.as_uri(), options={"completion": {"exclude": exclude}})
+    uri = (folder / "main.py").as_uri()
+    rpc.open(uri, "from helpers import compute\n\n\n")
+    await rpc.inline(uri, 2, 0)
+    await asyncio.sleep(2.0)  # the pause in which the long prompt is read
+    for version, letter in enumerate("bcd", 2):
+        at = {"line": 2, "character": version - 2}
+        change = {"range": {"start": at, "end": at}, "text": letter}
+        rpc.notify(
+            "textDocument/didChange", {"textDocument": {"uri": uri, "version": version}, "contentChanges": [change]}
+        )
+    (item,) = await rpc.inline(uri, 2, 3)
+    assert item["insertText"] == says

@@ -1,0 +1,185 @@
+"""What stands elsewhere and helps at a cursor: the workspace's files, other open documents, what was edited lately.
+
+Keeps track of visits and edits, and asks `agent.repository`, in a thread, for what fits. What was chosen for a place
+stays the same near it and for a while: a prompt begins with it, and another choice would mean to read all of it anew.
+Knows no protocol and no tokens.
+"""
+
+import asyncio
+import importlib
+import logging
+import os
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from agent.errors import ConfigError
+from agent.types import Snippet
+from lsp.documents import Document, Place
+
+if TYPE_CHECKING:
+    from agent.repository import FileText, Repository
+
+log = logging.getLogger(__name__)
+
+_BUDGET_CHARS = 6_000  # 1,500 tokens: what a GPU's budget takes; the daemon cuts it to its own
+_SAME_LINES = 64  # so far from where it was chosen a choice stands, as the text above in a prompt does
+_SAME_S = 300.0
+_CHOICES = 64  # documents for which the choice is kept
+_VISITS = 24  # closed files that are remembered; the repository looks at no more
+_EDITS = 8
+_ONE_EDIT_LINES = 8  # edits that lie no further apart are one
+_AROUND_EDIT_LINES = 2  # that are kept above and below, to tell where it was
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Lines of a document that were edited one after the other."""
+
+    document: Document
+    first: int
+    last: int
+
+    def takes(self, document: Document, first: int, last: int) -> bool:
+        """Tell whether another edit belongs to this one."""
+        near = first <= self.last + _ONE_EDIT_LINES and last >= self.first - _ONE_EDIT_LINES
+        return document.uri == self.document.uri and near
+
+    @property
+    def text(self) -> str:
+        """The lines, with some around them."""
+        lines = self.document.lines[max(0, self.first - _AROUND_EDIT_LINES) : self.last + 1 + _AROUND_EDIT_LINES]
+        return "".join(lines)
+
+
+class Edits:
+    """What was edited lately, region by region. Pure."""
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self._edits: deque[Edit] = deque(maxlen=_EDITS)
+
+    def note(self, document: Document, first: int, last: int) -> None:
+        """Lines `first` to `last` of `document`, as it is now, were written."""
+        now = Edit(document, first, last)
+        if self._edits and self._edits[-1].takes(document, first, last):
+            before = self._edits.pop()
+            grown = document.n_lines - before.document.n_lines
+            now = replace(now, first=min(before.first, first), last=max(before.last + grown, last))
+        self._edits.append(now)
+
+    def latest(self) -> tuple[Edit, ...]:
+        """Return the edits, the newest last."""
+        return tuple(self._edits)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    snippets: tuple[Snippet, ...]
+    line: int
+    at: float
+
+
+class Elsewhere:
+    """The rest of one editor's workspace."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Look at nothing yet."""
+        self.edits = Edits()
+        self._clock = clock
+        self._visited: OrderedDict[Path, None] = OrderedDict()
+        self._choices: OrderedDict[str, _Choice] = OrderedDict()
+        self._repository: Repository | None = None
+        self._scope: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+
+    def closed(self, uri: str) -> None:
+        """A document was closed: it was visited."""
+        self._choices.pop(uri, None)
+        path = path_of(uri)
+        if path is not None:
+            self._visited[path] = None
+            self._visited.move_to_end(path)
+            while len(self._visited) > _VISITS:
+                self._visited.popitem(last=False)
+
+    async def snippets(
+        self,
+        document: Document,
+        place: Place,
+        *,
+        roots: Iterable[str],
+        exclude: Iterable[str],
+        others: Iterable[Document],
+    ) -> tuple[Snippet, ...]:
+        """Return what helps at a cursor, the most useful last; nothing for what is no file.
+
+        Args:
+            document: The cursor's document.
+            place: The cursor.
+            roots: URIs of the workspace's folders.
+            exclude: What is not to be read: patterns in gitignore's form.
+            others: Open documents, the most recently visited last.
+        """
+        path, now = path_of(document.uri), self._clock()
+        if path is None:
+            return ()
+        scope = (tuple(roots), tuple(exclude))
+        known = self._choices.get(document.uri)
+        if scope == self._scope and known and abs(known.line - place.line) <= _SAME_LINES and now - known.at < _SAME_S:
+            return known.snippets
+        # Copied here, since the thread must not see what changes meanwhile.
+        recent, edits, opened = tuple(self._visited), self.edits.latest(), tuple(others)
+        found = await asyncio.to_thread(self._find, scope, document, path, place, opened, recent, edits)
+        self._choices[document.uri] = _Choice(found, place.line, now)
+        self._choices.move_to_end(document.uri)
+        while len(self._choices) > _CHOICES:
+            self._choices.popitem(last=False)
+        return found
+
+    def _find(
+        self,
+        scope: tuple[tuple[str, ...], tuple[str, ...]],
+        document: Document,
+        path: Path,
+        place: Place,
+        opened: tuple[Document, ...],
+        recent: tuple[Path, ...],
+        edits: tuple[Edit, ...],
+    ) -> tuple[Snippet, ...]:
+        module: Any = importlib.import_module("agent.repository")  # with tree-sitter: too long for the server's start
+        if self._repository is None or scope != self._scope:
+            try:
+                folders = [folder for folder in map(path_of, scope[0]) if folder is not None]
+                self._repository, self._scope = module.Repository(folders, scope[1]), scope
+            except ConfigError as error:
+                log.error("nothing of other files is read: %s", error)
+                self._repository, self._scope = module.Repository([]), scope
+        texts = [(path_of(each.uri), each.text) for each in opened]
+        changed = [(path_of(each.document.uri), each.text) for each in edits]
+        return self._repository.snippets(
+            path,
+            document.language,
+            document.between(Place(0, 0), place),
+            budget_chars=_BUDGET_CHARS,
+            suffix=document.between(place, document.end),
+            open_documents=_file_texts(module.FileText, texts),
+            recent_files=recent,
+            recent_edits=_file_texts(module.FileText, changed),
+        )
+
+
+def _file_texts(kind: type["FileText"], texts: Iterable[tuple[Path | None, str]]) -> list["FileText"]:
+    return [kind(path, text) for path, text in texts if path is not None]
+
+
+def path_of(uri: str) -> Path | None:
+    """Return the file that a URI names; None where it is no file of this machine's."""
+    parts = urlsplit(uri)
+    if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
+        return None
+    return Path(os.path.abspath(url2pathname(parts.path)))  # noqa: PTH100 - takes ".." away
