@@ -368,6 +368,21 @@ def bench_keystrokes(
     raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
+@bench.command("soak")
+def bench_soak(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Files to type, at least one for each editor.")],
+    editors: Annotated[int, typer.Option(min=1, help="Editors that type at once.")] = 4,
+    minutes: Annotated[float, typer.Option(min=0.1, help="For how long.")] = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Type in several editors at once: memory, answers that are missing, ghost text that does not fit."""
+    command = [sys.executable, "-m", "lsp.keystrokes.soak", f"--editors={editors}", f"--minutes={minutes}", "--"]
+    done = subprocess.run([*command, *map(str, files)], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise typer.Exit(done.returncode)
+    _show_figures(json.loads(done.stdout), as_json)
+
+
 @bench.command("fim")
 def bench_fim(
     data: Annotated[Path, typer.Option(help="Tasks of HumanEval-Infilling, .jsonl or .jsonl.gz.")],
@@ -387,6 +402,23 @@ def bench_fim(
 
         figures = asyncio.run(fim_bench.run(data, limit=limit, raw=raw, advance=advance))
     _show_figures(figures, as_json)
+
+
+@bench.command("cache")
+def bench_cache(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Files in which the cursor is put.")],
+    positions: Annotated[int, typer.Option(min=1, help="Places of the cursor, over all files.")] = 200,
+    seed: Annotated[int, typer.Option(help="Chooses the places.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Whether cached and speculated tokens are those that are computed anew."""
+    from agent import cache_bench
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as progress:
+        task = progress.add_task("places", total=positions)
+        found = asyncio.run(cache_bench.run(files, positions, seed, lambda: progress.advance(task)))
+    _show_figures(found, as_json)
 
 
 def _language_server_bench(name: str) -> dict[str, Any]:

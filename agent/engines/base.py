@@ -37,6 +37,8 @@ class GenerationRequest:
     """Name of a loaded adapter; None for the bare model."""
     ahead: bool = False
     """Nobody waits for it: it is broken off as soon as anything else is asked, and displaces no prompt in use."""
+    cached: bool = True
+    """Whether what is in the key-value cache may be used; without it all of the prompt is computed anew."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,7 +161,7 @@ class LlamaCppEngine:
             "temperature": request.temperature,
             "seed": request.seed,
             "id_slot": slot,
-            "cache_prompt": True,
+            "cache_prompt": request.cached,
             "stream": True,
             "return_tokens": True,
             "return_progress": True,

@@ -110,6 +110,20 @@ class Ours:
         self._processes = [*psutil.Process().children(), psutil.Process(status["pid"])]
         self._work, self._cpu_s = status["work"], cpu_seconds(self._processes)
 
+    def reopen(self, file: Path, language: str, editor: Editor) -> None:
+        """Close the document and open another one, in the same language server."""
+        for name in self._flying:
+            self._client.cancel_request(types.CancelParams(name))
+        self._flying.clear()
+        self.screen.ghost = ""
+        gone = types.TextDocumentIdentifier(self._uri)
+        self._client.text_document_did_close(types.DidCloseTextDocumentParams(gone))
+        # The version goes on: answers to what was asked before are told by it.
+        self._uri, self._language, self._version = file.absolute().as_uri(), language, self._version + 1
+        self._look(editor)
+        item = types.TextDocumentItem(self._uri, language, self._version, editor.text)
+        self._client.text_document_did_open(types.DidOpenTextDocumentParams(item))
+
     def _initialize_params(self) -> types.InitializeParams:
         capabilities = types.ClientCapabilities(
             text_document=types.TextDocumentClientCapabilities(
