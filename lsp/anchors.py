@@ -15,8 +15,8 @@ WINDOW_LINES = 64
 """The text above begins at a multiple of so many lines, so that its beginning moves rarely."""
 LIVE_CHARS = 800
 """Most characters of live text, 200 tokens or so: as much again as a suffix, so that a prompt never doubles."""
-_ABOVE_CHARS = 24_000  # four times what the largest usual budget of tokens takes
-_BEHIND_CHARS = 8_000
+_ABOVE_CHARS = 12_000  # 3,000 tokens: eight times the usual budget; each key sends it, at 0.1 ms for 4,000
+_BEHIND_CHARS = 4_000
 
 
 @dataclass(frozen=True, slots=True)

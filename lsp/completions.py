@@ -34,6 +34,7 @@ _EARLY_S = 0.05
 """A client that can ask again gets what is there after this long. A tenth of a second is felt as at once, so what grows
 within it is not seen growing; later comes after a fast typist's next key."""
 _EARLY_CHARS = 2  # visible ones; as the filters hold it for whole texts
+_AFTER_S = 0.003  # an answer takes as long to be written
 _GRACE_S = 0.3  # for the next request to come and join what the one that was cancelled waited for
 _REST_S = 0.05  # after which a cursor that moved is taken to rest
 _REANCHOR_S = 0.7  # without a key, before a longer prompt is read; who pauses for so long thinks
@@ -95,6 +96,8 @@ class _Session:
     partial: tuple[Asked, str] | None = None
     """A request that was answered while its text still grew, and the answer."""
     resting: asyncio.Task[None] | None = None
+    next: asyncio.TimerHandle | None = None
+    """Looks ahead in a moment."""
 
 
 class Completions:
@@ -155,7 +158,9 @@ class Completions:
         if text:
             session.shown = Shown(key, around.live, text, self._clock())
         if settled:
-            self._look_ahead(session, asked, key, entry, around)
+            # Once the answer is on its way.
+            loop = asyncio.get_running_loop()
+            session.next = loop.call_later(_AFTER_S, self._look_ahead, session, asked, key, entry, around)
         return Offer(text, postprocess.replaced_chars(text, around)) if text else None
 
     def rest(self, asked: Asked) -> None:
@@ -273,6 +278,7 @@ class Completions:
                 async for part in parts:
                     if isinstance(part, Completion):
                         done = part
+                        self._settle(session, writing, base, done)  # who waits need not wait for the stream's end
                         break
                     if len(entry.text) == base and not writing.ahead:
                         self.rhythm.first_text(self._clock() - began)
@@ -285,7 +291,8 @@ class Completions:
         except TabwiseError as error:
             log.error("no completion: %s", error)
         finally:
-            self._settle(session, writing, base, done)
+            if done is None:
+                self._settle(session, writing, base, None)
 
     def _settle(self, session: _Session, writing: _Writing, base: int, done: Completion | None) -> None:
         entry = writing.entry
@@ -344,6 +351,9 @@ class Completions:
             session.cache.drop(writing.key, entry)
 
     def _disturb(self, session: _Session) -> None:
+        if session.next is not None:
+            session.next.cancel()
+            session.next = None
         if session.resting is not None:
             session.resting.cancel()
             session.resting = None

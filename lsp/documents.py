@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 
+from lsp.lines import Lines
+
 _LINE_END = re.compile(r"\r\n|\n|\r")
 
 
@@ -51,21 +53,21 @@ class Document:
     uri: str
     language: str
     version: int
-    lines: tuple[str, ...] = field(repr=False)
+    lines: Lines = field(repr=False)
     """Each with its end; the last one has none. Never empty."""
     units: Units = Units.UTF16
 
     @classmethod
     def opened(cls, uri: str, language: str, version: int, text: str, units: Units) -> "Document":
         """Return a document with its lines found."""
-        return cls(uri, language, version, _split(text), units)
+        return cls(uri, language, version, Lines(_split(text)), units)
 
     def changed(self, version: int, changes: Iterable[Change]) -> "Document":
         """Return the document after some changes, each of which sees the one before."""
         document = self
         for change in changes:
             if change.start is None or change.end is None:
-                lines = _split(change.text)
+                lines = Lines(_split(change.text))
             else:
                 start, end = sorted((document.place(*change.start), document.place(*change.end)))
                 lines = document._spliced(start, end, change.text)
@@ -123,7 +125,7 @@ class Document:
         """Return a place's character, in the client's units."""
         return length(self.lines[place.line][: place.column], self.units)
 
-    def _spliced(self, start: Place, end: Place, text: str) -> tuple[str, ...]:
+    def _spliced(self, start: Place, end: Place, text: str) -> Lines:
         first, last = start.line, end.line
         middle = self.lines[first][: start.column] + text + self.lines[last][end.column :]
         # "\r" and "\n" of two lines that came together are one end.
@@ -136,7 +138,7 @@ class Document:
         changed = _split(middle)
         if last + 1 < len(self.lines):
             changed = changed[:-1]  # the empty line behind the last end is the line that follows
-        return self.lines[:first] + changed + self.lines[last + 1 :]
+        return self.lines.replaced(first, last + 1, changed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,19 @@
 """The language server: puts the features together and runs them on standard input and output. No logic of its own."""
 
 import argparse
+import asyncio
 import logging
+import os
+import stat
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
 
 from lsprotocol import types
 from lsprotocol.converters import get_converter
+from pygls.io_ import StdoutWriter, run_async
 from pygls.lsp.server import LanguageServer
 
 from agent.version import __version__
@@ -28,6 +33,33 @@ class TabwiseServer(LanguageServer):
 
     protocol: TabwiseProtocol
 
+    def start_stdio(self) -> None:
+        """Serve on standard input and output until the client ends it.
+
+        pygls reads in a thread, line by line, which costs a millisecond for each key; the event loop reads pipes itself.
+        """
+        if not _is_pipe(sys.stdin.fileno()):
+            self.start_io()
+            return
+        self._stop_event = threading.Event()
+        self.protocol.set_writer(StdoutWriter(sys.stdout.buffer))
+        try:
+            asyncio.run(self._read_pipe(self._stop_event))
+        except BrokenPipeError:
+            log.error("the client is gone")
+        except (KeyboardInterrupt, SystemExit):
+            pass
+        finally:
+            self.shutdown()  # type: ignore[no-untyped-call]
+
+    async def _read_pipe(self, stop: threading.Event) -> None:
+        reader = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        try:
+            await run_async(stop, reader, self.protocol, log, self.report_server_error)
+        except asyncio.IncompleteReadError:
+            log.error("the client broke off in the middle of a message")
+
     def report_server_error(self, error: Exception, source: Any) -> None:
         """Log what went wrong, without values, which may be text of the user's; answer what was no JSON."""
         del source
@@ -39,6 +71,13 @@ class TabwiseServer(LanguageServer):
         places = traceback.extract_tb(error.__traceback__)[-4:]
         trail = " < ".join(f"{Path(place.filename).name}:{place.lineno}" for place in reversed(places))
         log.error("%s at %s", type(error).__name__, trail or "an unknown place")
+
+
+def _is_pipe(descriptor: int) -> bool:
+    if os.name != "posix":
+        return False  # Windows' loop cannot wait for such pipes
+    mode = os.fstat(descriptor).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
 def create_server() -> TabwiseServer:
@@ -77,7 +116,7 @@ def main() -> None:
     logging.getLogger("pygls").setLevel(logging.CRITICAL + 1)
     for noisy in ("aiohttp", "filelock", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    create_server().start_io()
+    create_server().start_stdio()
 
 
 if __name__ == "__main__":

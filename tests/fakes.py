@@ -150,7 +150,8 @@ async def load_fake(model: LocalModel) -> Engine:
     """Load a FakeEngine, paced by the environment: `FAKE_TOKEN_S`, `FAKE_BATCH_S`."""
     del model
     token_s, batch_s = (float(os.environ.get(name, "0")) for name in ("FAKE_TOKEN_S", "FAKE_BATCH_S"))
-    return FakeEngine(say=scripted, token_s=token_s, batch_s=batch_s)
+    # Without a pace a prompt is read in one go: steps that take no time would only be counted as ours.
+    return FakeEngine(say=scripted, token_s=token_s, batch_s=batch_s, batch_tokens=64 if batch_s else 4096)
 
 
 @dataclass
