@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
+
+from pygls.uris import to_fs_path
 
 from agent.errors import ConfigError
 from agent.types import Snippet
@@ -182,4 +183,7 @@ def path_of(uri: str) -> Path | None:
     parts = urlsplit(uri)
     if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
         return None
-    return Path(os.path.abspath(url2pathname(parts.path)))  # noqa: PTH100 - takes ".." away
+    path = to_fs_path(f"file://{parts.path}")
+    if not path:
+        return None
+    return Path(os.path.abspath(path))  # noqa: PTH100 - takes ".." away

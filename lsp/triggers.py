@@ -6,7 +6,6 @@ held up. Sources: the rules that the notes of Copilot, llama.vim and Tabby descr
 """
 
 import re
-import statistics
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -70,7 +69,7 @@ class Rhythm:
         return min(_LONGEST_WAIT_S, self.key_s) if self._usual_s() > 2 * self.key_s else 0.0
 
     def _usual_s(self) -> float:
-        return statistics.median(self._answers_s) if len(self._answers_s) == _ANSWERS else 0.0
+        return sorted(self._answers_s)[_ANSWERS // 2] if len(self._answers_s) == _ANSWERS else 0.0
 
 
 @dataclass(slots=True)
