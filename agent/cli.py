@@ -388,11 +388,17 @@ def bench_fim(
     data: Annotated[Path, typer.Option(help="Tasks of HumanEval-Infilling, .jsonl or .jsonl.gz.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Most tasks, evenly spread over the file.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Plain prompts, no pipeline.")] = False,
+    layout: Annotated[str, typer.Option(help="Of prompts: `ordinary`, `line` or `healed`.")] = "healed",
+    live_lines: Annotated[int, typer.Option(min=0, help="Lines above the cursor's behind the anchor.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Fill in the middle of programs, and run their tests, in a subprocess with limits."""
     from agent import fim_bench
+    from agent.completer import Layout
 
+    if layout not in list(Layout):
+        raise InputError(f"--layout is {layout}; give one of {', '.join(Layout)}")
+    chosen = Layout(layout)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as progress:
         task = progress.add_task("tasks", total=None)
@@ -400,7 +406,9 @@ def bench_fim(
         def advance(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        figures = asyncio.run(fim_bench.run(data, limit=limit, raw=raw, advance=advance))
+        figures = asyncio.run(
+            fim_bench.run(data, limit=limit, raw=raw, advance=advance, layout=chosen, live_lines=live_lines)
+        )
     _show_figures(figures, as_json)
 
 

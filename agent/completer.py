@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from agent import context, filters, fim, healing, postprocess, stopping, syntax
 from agent.config import CompletionSettings
@@ -23,6 +24,17 @@ _BRIEF = 3  # a third of the usual prompt is read in 1.5 s on two cores: the pau
 _SNIPPET_TOKENS, _SNIPPET_TOKENS_GPU = 256, 1024  # read in pauses only: 2.5 s on two cores, a tenth of one on a GPU
 _FRAME_TOKENS = 64  # for sentinels and the paths of snippets
 _DETOURS = 4  # healed tokens that may be forced before the text is taken as it stands
+
+
+class Layout(StrEnum):
+    """How the text before the cursor stands in the prompt; the others are there to be measured against the default."""
+
+    ORDINARY = "ordinary"
+    """All of it before the suffix."""
+    LINE = "line"
+    """From the anchor on behind the suffix, as it stands."""
+    HEALED = "healed"
+    """The same, without its last tokens, which are written anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +112,11 @@ class _Trace:
 
 
 async def complete(
-    loaded: LoadedModel, request: CompletionRequest, settings: CompletionSettings, spent: Spent | None = None
+    loaded: LoadedModel,
+    request: CompletionRequest,
+    settings: CompletionSettings,
+    spent: Spent | None = None,
+    layout: Layout = Layout.HEALED,
 ) -> AsyncGenerator[str | Completed, None]:
     """Answer a request.
 
@@ -109,6 +125,7 @@ async def complete(
         request: What is wanted.
         settings: Budgets.
         spent: Is told what it cost, even if the work is cancelled.
+        layout: How the prompt is laid out.
 
     Returns:
         Parts of the text as soon as they are sure to stay, then one `Completed`. Closing it cancels the work.
@@ -131,7 +148,7 @@ async def complete(
     stop: stopping.Stop | None = None
     budget = _budget(loaded, request, settings, multiline=multiline)
     try:
-        async with aclosing(_write(loaded, around, request, settings, budget, trace)) as parts:
+        async with aclosing(_write(loaded, around, request, settings, budget, trace, layout)) as parts:
             async for part in parts:
                 text += part
                 if first_text_ms is None and text.strip():
@@ -211,6 +228,7 @@ async def _write(
     settings: CompletionSettings,
     budget: int,
     trace: _Trace,
+    layout: Layout,
 ) -> AsyncGenerator[str, None]:
     """Yield the model's text behind the cursor, as it comes.
 
@@ -218,12 +236,14 @@ async def _write(
     token does not do that, the likeliest one that does is taken; where none does, less is taken back, and in the end
     nothing.
     """
+    if layout is Layout.ORDINARY:
+        around = replace(around, head=around.head + around.live, live="")
     prompt_ids, live = await _prompt(loaded, around, request, settings, budget)
     if not budget:
         trace.begin((*prompt_ids, *(token.id for token in live)))
         await _read(loaded, request, trace)
         return
-    for healed in healing.candidates(live):
+    for healed in healing.candidates(live) if layout is Layout.HEALED else ():
         trace.begin((*prompt_ids, *healed.kept_ids))
         async with aclosing(_healed(loaded, healed, budget, trace, ahead=request.ahead)) as parts:
             async for part in parts:

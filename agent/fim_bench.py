@@ -14,11 +14,12 @@ import zlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agent import catalog, completer, config, fim, sandbox
-from agent.completer import Completed
+from agent.completer import Completed, Layout
 from agent.config import CompletionSettings
 from agent.engines.base import Decoded, GenerationRequest
 from agent.errors import EngineError, InputError
@@ -101,13 +102,23 @@ def _task(line: str, place: str) -> Task:
     return Task(**{name: found[name] for name in names})
 
 
-async def run(file: Path, *, limit: int | None, raw: bool, advance: Callable[[int, int], None]) -> dict[str, Any]:
+async def run(
+    file: Path,
+    *,
+    limit: int | None,
+    raw: bool,
+    advance: Callable[[int, int], None],
+    layout: Layout = Layout.HEALED,
+    live_lines: int = 0,
+) -> dict[str, Any]:
     """Load the configured model in this process and measure it.
 
     Args:
         file: Tasks.
         limit: Most tasks to take; None for all.
         raw: Whether to leave out the pipeline and ask with plain prompts.
+        layout: How the pipeline lays prompts out.
+        live_lines: Lines above the cursor's that stand behind the anchor.
         advance: Is told how many tasks are done, and of how many: once before the first and after each.
 
     Raises:
@@ -129,13 +140,15 @@ async def run(file: Path, *, limit: int | None, raw: bool, advance: Callable[[in
         try:
             loaded = await prepare(model, engine)
             advance(0, len(tasks))
-            async with aclosing(outcomes(loaded, tasks, settings.completion, raw=raw)) as stream:
+            found = outcomes(loaded, tasks, settings.completion, raw=raw, layout=layout, live_lines=live_lines)
+            async with aclosing(found) as stream:
                 async for outcome in stream:
                     done.append(outcome)
                     advance(len(done), len(tasks))
         finally:
             await engine.close()
-    return figures(done) | {"model": settings.model.name, "raw": raw}
+    told = {"raw": True} if raw else {"raw": False, "layout": layout.value, "live_lines": live_lines}
+    return figures(done) | {"model": settings.model.name} | told
 
 
 def figures(done: Sequence[Outcome]) -> dict[str, Any]:
@@ -160,7 +173,13 @@ def figures(done: Sequence[Outcome]) -> dict[str, Any]:
 
 
 async def outcomes(
-    loaded: LoadedModel, tasks: Sequence[Task], settings: CompletionSettings, *, raw: bool
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    settings: CompletionSettings,
+    *,
+    raw: bool,
+    layout: Layout = Layout.HEALED,
+    live_lines: int = 0,
 ) -> AsyncGenerator[Outcome, None]:
     """Fill in each task and run its program.
 
@@ -170,8 +189,9 @@ async def outcomes(
         InputError: This system cannot limit generated code.
         EngineError: The engine broke or refused.
     """
+    ask = _plain if raw else partial(_complete, layout=layout, live_lines=live_lines)
     for task in sorted(tasks, key=lambda one: one.prompt):
-        text, rest = await (_plain if raw else _complete)(loaded, task, settings)
+        text, rest = await ask(loaded, task, settings)
         truth, said = task.canonical_solution, text
         if task.is_line:
             truth, said = truth.rstrip(), said.rstrip()
@@ -183,7 +203,13 @@ async def outcomes(
         yield Outcome(task, text, exact, said.startswith(truth), verdict)
 
 
-async def _complete(loaded: LoadedModel, task: Task, settings: CompletionSettings) -> tuple[str, str]:
+async def _complete(
+    loaded: LoadedModel,
+    task: Task,
+    settings: CompletionSettings,
+    layout: Layout = Layout.HEALED,
+    live_lines: int = 0,
+) -> tuple[str, str]:
     """Ask as an editor would by key; return the text, and what stands behind it in the end.
 
     Where a whole line is missing, an editor shows an empty one, with the cursor in its first column. That one line is
@@ -196,13 +222,19 @@ async def _complete(loaded: LoadedModel, task: Task, settings: CompletionSetting
         prefix=task.prompt,
         suffix=suffix,
         trigger=Trigger.MANUAL,
+        anchor=_anchor(task.prompt, live_lines),
         multiline=False if task.is_line else None,
     )
-    async with aclosing(completer.complete(loaded, request, settings)) as stream:
+    async with aclosing(completer.complete(loaded, request, settings, layout=layout)) as stream:
         async for part in stream:
             if isinstance(part, Completed):
                 return part.completion.text, suffix[part.completion.replaced_chars :]
     raise EngineError("the completer ended without a completion; report this as a bug")
+
+
+def _anchor(prefix: str, live_lines: int) -> int:
+    lines = prefix.split("\n")
+    return len("\n".join([*lines[: len(lines) - 1 - live_lines], ""])) if live_lines < len(lines) - 1 else 0
 
 
 async def _plain(loaded: LoadedModel, task: Task, settings: CompletionSettings) -> tuple[str, str]:

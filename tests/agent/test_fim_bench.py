@@ -301,3 +301,9 @@ async def test_the_model_is_loaded_measured_and_closed(world: World, monkeypatch
     assert [engine.closed for engine in engines] == [True]
     assert world.runtime not in folders  # which a daemon that starts meanwhile clears
     assert not any(folder.exists() for folder in folders)
+
+
+@pytest.mark.parametrize(("live_lines", "head"), [(0, "a\nb\n"), (1, "a\n"), (2, ""), (9, "")])
+def test_the_anchor_lies_above_the_lines_that_are_live(live_lines: int, head: str) -> None:
+    prefix = "a\nb\n  c"
+    assert prefix[: fim_bench._anchor(prefix, live_lines)] == head
