@@ -143,6 +143,7 @@ class LlamaCppEngine:
         """Read a prompt batch by batch: llama.cpp computes two batches more before it notices that nobody listens."""
         total = len(request.prompt_ids)
         read, cached = 0, None
+        self._slots.read(slot, held)
         for end in (*range(held + self._batch_tokens, total, self._batch_tokens), total):
             piece = replace(request, prompt_ids=request.prompt_ids[:end])
             async with aclosing(self._stream(piece, slot)) as events:
@@ -152,6 +153,7 @@ class LlamaCppEngine:
                     elif isinstance(event, Finished):
                         read += event.prefill_tokens
                         cached = event.cached_tokens if cached is None else cached
+            self._slots.read(slot, end)
         yield Finished(ended=False, prefill_tokens=read, cached_tokens=cached or 0, decoded_tokens=0)
 
     async def _stream(self, request: GenerationRequest, slot: int) -> AsyncGenerator[Event, None]:

@@ -16,6 +16,7 @@ class Slots:
     def __init__(self, count: int) -> None:
         """Hold nothing yet, in `count` slots."""
         self._held: list[tuple[int, ...]] = [()] * count
+        self._read = [0] * count  # tokens of these that were computed; fewer where reading was broken off
         self._used = [0] * count  # at which request each was used last
         self._requests = 0
 
@@ -32,9 +33,14 @@ class Slots:
         best = max(slots, key=lambda slot: (shared[slot], -self._used[slot]))
         if ahead and shared[best] < _SAME_PLACE * len(prompt_ids):
             best = min(slots, key=lambda slot: self._used[slot])
-        self._held[best] = prompt_ids
+        held = min(shared[best], self._read[best])
+        self._held[best], self._read[best] = prompt_ids, len(prompt_ids)
         self._used[best] = self._requests
-        return best, shared[best]
+        return best, held
+
+    def read(self, slot: int, count: int) -> None:
+        """Take note of how much of a slot's prompt is computed, until it is used again."""
+        self._read[slot] = count
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -26,6 +26,18 @@ def test_work_in_advance_leaves_the_prompt_in_use_alone() -> None:
     assert slots.choose((1, 2, 3, 9, 9, 9, 9), ahead=False)[0] != used  # and what was read is found
 
 
+def test_a_prompt_that_was_read_in_part_is_gone_on_with_in_its_slot() -> None:
+    slots = Slots(2)
+    slots.choose((1, 2, 3, 4), ahead=False)
+    long = (5, 6, 7, 8, 9, 10)
+    slot, held = slots.choose(long, ahead=True)
+    assert held == 0
+    slots.read(slot, 2)
+    assert slots.choose((1, 2, 3, 4, 5), ahead=False)[0] != slot
+    assert slots.choose(long, ahead=True) == (slot, 2)
+    assert slots.choose((*long, 11), ahead=False) == (slot, 6)
+
+
 def test_common() -> None:
     assert common((), (1,)) == 0
     assert common((1, 2, 3), (1, 2)) == 2
