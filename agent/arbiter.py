@@ -84,6 +84,7 @@ class Arbiter:
 
     async def _ahead(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         n_decoded, last = 0, Prefilled(0, 0, 0)
+        cached: int | None = None  # what was there at the beginning, not what each piece finds
         await self._free.wait()
         async with self._turn:
             if not self._needed.is_set():
@@ -96,10 +97,11 @@ class Arbiter:
                             n_decoded += len(event.ids)
                         else:
                             last = event
+                            cached = event.cached_tokens if cached is None else cached
         yield Finished(
             ended=False,
-            prefill_tokens=last.done_tokens - last.cached_tokens,
-            cached_tokens=last.cached_tokens,
+            prefill_tokens=last.done_tokens - (cached or 0),
+            cached_tokens=cached or 0,
             decoded_tokens=n_decoded,
             gave_way=True,
         )

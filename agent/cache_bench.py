@@ -1,8 +1,8 @@
 """Benchmark of sameness: whether tokens that come by way of caches are those that are computed anew.
 
-At random places of real files, the prompt is computed without any cache and continued. Then it is asked for as typing
-brings it about, behind another prompt that shares its beginning; and the second half of its continuation, which may have
-been written in advance, is held against the one that is asked for once the first half stands in the text. Quantised
+At random places of real files, the prompt is asked for as typing brings it about: read in advance piece by piece, grown
+token by token, behind a slip. What follows is held against what comes without any cache; and its second half, which may
+have been written in advance, against what is asked for once the first half stands in the text. Quantised
 kernels sum in another order for other batches, so that two tokens which are nearly as likely may change places: such a
 difference counts as a near tie. Knows engines and prompts, no editor.
 """
@@ -73,7 +73,7 @@ async def run(files: Sequence[Path], positions: int, seed: int, advance: Callabl
             await engine.close()
     found: dict[str, Any] = {"positions": positions, "near_nats": NEAR_NATS, "model": settings.model.name, "seed": seed}
     for kind, verdicts in kinds.items():
-        found[kind] = {name: verdicts.count(name) for name in ("same", "near_tie", "different")}
+        found[kind] = {name: verdicts.count(name) for name in ("same", "near_tie", "different", "empty")}
     return found
 
 
@@ -92,18 +92,22 @@ async def _prompt(loaded: LoadedModel, text: str, cursor: int) -> tuple[int, ...
 
 
 async def _compare(engine: Engine, prompt_ids: tuple[int, ...], typed: int) -> dict[str, str]:
+    # As it comes about: read in advance in pieces, typed at, once with a slip, and continued from what that left.
+    read, typed = prompt_ids[:-typed], min(typed, len(prompt_ids) - 1)
+    await _continue(engine, read, 0)
+    for end in range(len(read), len(prompt_ids)):
+        await _continue(engine, prompt_ids[:end], 2)
+    await _continue(engine, (*read, _ASTRAY_ID), 4)
+    cached = await _continue(engine, prompt_ids, _TOKENS)
+    half = len(cached) // 2
+    accepted = (*prompt_ids, *(step.id for step in cached[:half]))
+    asked = await _continue(engine, accepted, len(cached) - half)
     anew = await _continue(engine, prompt_ids, _TOKENS, cached=False)
-    typed = min(typed, len(prompt_ids) - 1)
-    await _continue(engine, (*prompt_ids[:-typed], _ASTRAY_ID), 4, cached=True)
-    cached = await _continue(engine, prompt_ids, _TOKENS, cached=True)
-    half = len(anew) // 2
-    accepted = (*prompt_ids, *(step.id for step in anew[:half]))
-    asked = await _continue(engine, accepted, len(anew) - half, cached=True)
-    return {"cached": verdict(anew, cached), "speculated": verdict(anew[half:], asked)}
+    return {"cached": verdict(anew, cached), "speculated": verdict(cached[half:], asked)}
 
 
 def verdict(one: Sequence[Step], other: Sequence[Step]) -> str:
-    """Compare two continuations: "same", "near_tie" or "different".
+    """Compare two continuations: "same", "near_tie", "different", or "empty" where both are.
 
     What follows the first difference follows from it and is not looked at.
     """
@@ -116,12 +120,14 @@ def verdict(one: Sequence[Step], other: Sequence[Step]) -> str:
             if first.id in step.logps and second.id in step.logps
         ]
         return "near_tie" if gaps and min(gaps) <= NEAR_NATS else "different"
+    if not one and not other:
+        return "empty"
     return "same" if len(one) == len(other) else "different"
 
 
-async def _continue(engine: Engine, prompt_ids: tuple[int, ...], count: int, *, cached: bool) -> list[Step]:
+async def _continue(engine: Engine, prompt_ids: tuple[int, ...], count: int, *, cached: bool = True) -> list[Step]:
     steps: list[Step] = []
-    request = GenerationRequest(prompt_ids, count, alternatives=_ALTERNATIVES, cached=cached)
+    request = GenerationRequest(prompt_ids, count, alternatives=_ALTERNATIVES, cached=cached, ahead=not count)
     async with aclosing(engine.generate(request)) as stream:
         async for event in stream:
             if isinstance(event, Decoded):

@@ -378,9 +378,9 @@ def bench_soak(
     """Type in several editors at once: memory, answers that are missing, ghost text that does not fit."""
     command = [sys.executable, "-m", "lsp.keystrokes.soak", f"--editors={editors}", f"--minutes={minutes}", "--"]
     done = subprocess.run([*command, *map(str, files)], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise typer.Exit(done.returncode)
-    _show_figures(json.loads(done.stdout), as_json)
+    if done.stdout:
+        _show_figures(json.loads(done.stdout), as_json)
+    raise typer.Exit(done.returncode)
 
 
 @bench.command("fim")

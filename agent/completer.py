@@ -20,7 +20,7 @@ from agent.types import Completion, CompletionRequest, Generation, Snippet, Sour
 
 _TOKEN_CHARS = 6  # more than a token of code has on average: what is longer by this need not be counted to be too long
 _TRIES_TO_FIT = 8  # each halves the error of the estimate; more are never needed
-_BRIEF = 3  # a third of the usual prompt is read in 1.5 s on two cores: the pause after a jump is about as long
+_BRIEF = 4  # a quarter of the usual prompt is read in 1.2 s on two cores: the pause after a jump is about as long
 _SNIPPET_TOKENS, _SNIPPET_TOKENS_GPU = 256, 1024  # read in pauses only: 2.5 s on two cores, a tenth of one on a GPU
 _FRAME_TOKENS = 64  # for sentinels and the paths of snippets
 _DETOURS = 4  # healed tokens that may be forced before the text is taken as it stands
@@ -340,9 +340,7 @@ async def _prompt(
     share = _BRIEF if request.brief else 1
     head = await _fit(loaded, around.head, min(settings.prefix_tokens // share, room * 3 // 8), keep_end=True)
     suffix = await _fit(loaded, around.suffix, min(settings.suffix_tokens // share, room // 4), keep_end=False)
-    allowed = settings.snippet_tokens
-    if allowed < 0:
-        allowed = _SNIPPET_TOKENS_GPU if loaded.engine.on_gpu else _SNIPPET_TOKENS
+    allowed = snippet_tokens(settings, on_gpu=loaded.engine.on_gpu)
     snippets = await _fit_snippets(loaded, request.snippets, min(allowed, room // 4))
     pieces = fim.render(
         loaded.fim,
@@ -358,6 +356,13 @@ async def _prompt(
             f"the cursor's line has {len(live)} tokens before the cursor, {room // 8} fit; raise engine.context_tokens"
         )
     return await loaded.ids(pieces[:-1]), live
+
+
+def snippet_tokens(settings: CompletionSettings, *, on_gpu: bool) -> int:
+    """Return how many tokens from other files a prompt holds at most."""
+    if settings.snippet_tokens >= 0:
+        return settings.snippet_tokens
+    return _SNIPPET_TOKENS_GPU if on_gpu else _SNIPPET_TOKENS
 
 
 async def _fit(loaded: LoadedModel, text: str, budget: int, *, keep_end: bool) -> str:
@@ -379,7 +384,7 @@ async def _fit_snippets(loaded: LoadedModel, snippets: tuple[Snippet, ...], budg
             continue
         n_tokens = len(await loaded.tokens(f"{snippet.path}\n{snippet.text}"))
         if n_tokens > budget:
-            text = await _fit(loaded, snippet.text, budget, keep_end=True) if not kept else ""
+            text = await _fit(loaded, snippet.text, budget, keep_end=False) if not kept else ""
             return tuple(reversed([*kept, replace(snippet, text=text)] if text.strip() else kept))
         kept.append(snippet)
         budget -= n_tokens

@@ -79,6 +79,9 @@ class Daemon:
                 "loads": self.host.loads,
                 "idle_s": round(self.host.idle_s, 1),
             },
+            "snippet_tokens": (
+                completer.snippet_tokens(self.settings.completion, on_gpu=loaded.engine.on_gpu) if loaded else 0
+            ),
             "open_requests": self.open_requests.count,
             "served": dict(self.served),
             "work": {"typing": asdict(self.typing), "ahead": asdict(self.ahead)},

@@ -108,8 +108,10 @@ def find_stop(text: str, rules: StopRules, *, final: bool = False) -> Stop | Non
 def _base(lines: Sequence[str], rules: StopRules) -> int:
     # Where the cursor's line is finished, or there is none yet, the first line of the text's own tells.
     if rules.base_indent is None or (rules.is_statement and not lines[0].strip()):
-        first = next((line for line in lines if line.strip()), "")
-        return indent_of(first)
+        first = indent_of(next((line for line in lines if line.strip()), ""))
+        # Nothing dedented comes between a line and the one below, of the same body.
+        own = (rules.base_indent or 1) - 1
+        return max(first, min(own, rules.next_indent or 0))
     return rules.base_indent
 
 

@@ -60,6 +60,15 @@ class AgentLink:
             async for part in parts:
                 yield part
 
+    async def snippet_tokens(self) -> int:
+        """Return how many tokens from other files the daemon's prompts hold at most; 0 while that is not known."""
+        client = await self._open()
+        try:
+            return int((await client.status())["snippet_tokens"])
+        except TabwiseError as error:
+            log.info("nothing of other files is taken now: %s", error)
+            return 0
+
     async def close(self) -> None:
         """Close the connection."""
         if self._client is not None:

@@ -1,7 +1,7 @@
 """A pygls server that does nothing: what the benchmarks hold ours against.
 
 Given a socket, it passes each request for a completion on over HTTP, to `python -m lsp.bare_daemon` for instance, with
-the client that ours uses: so the difference is what ours does, not what a library takes.
+the client that ours uses. It reads and writes as pygls does by itself.
 """
 
 import importlib

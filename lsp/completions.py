@@ -5,7 +5,7 @@ engine is asked, and what it was writing for this document is given up. An answe
 grows, to clients that can ask again when it is whole. When nobody waits, the engine writes what follows the text on
 screen, and reads the place where the cursor rests. Knows no protocol.
 
-Invariant: for each document at most one stream of the daemon is open.
+Invariant: for each document at most one stream of the daemon writes.
 """
 
 import asyncio
@@ -98,6 +98,15 @@ class _Session:
     resting: asyncio.Task[None] | None = None
     next: asyncio.TimerHandle | None = None
     """Looks ahead in a moment."""
+    _closed: bool = False
+
+    def close(self) -> None:
+        """The document is closed: nothing new begins for it."""
+        self._closed = True
+
+    def is_closed(self) -> bool:
+        """Tell whether it is; a call, since that changes while one waits."""
+        return self._closed
 
 
 class Completions:
@@ -134,8 +143,16 @@ class Completions:
         """A document was closed."""
         session = self._sessions.pop(uri, None)
         if session is not None:
+            session.close()
             self._give_up(session)
             self._disturb(session)
+
+    def look_again(self) -> None:
+        """What may stand in prompts has changed: nothing of what was chosen before does any more."""
+        for session in self._sessions.values():
+            self._disturb(session)
+            if session.anchor is not None:
+                session.anchor = replace(session.anchor, brief=True, snippets=())
 
     async def offer(self, asked: Asked) -> Offer | None:
         """Return what to show at a cursor, or None for nothing; a daemon that has no answer is told to the log."""
@@ -157,8 +174,9 @@ class Completions:
         session.partial = None if settled else (asked, text)
         if text:
             session.shown = Shown(key, around.live, text, self._clock())
-        if settled:
+        if settled and not session.is_closed():
             # Once the answer is on its way.
+            self._disturb(session)
             loop = asyncio.get_running_loop()
             session.next = loop.call_later(_AFTER_S, self._look_ahead, session, asked, key, entry, around)
         return Offer(text, postprocess.replaced_chars(text, around)) if text else None
@@ -176,7 +194,7 @@ class Completions:
         may_ask = True
         session.waiting += 1
         try:
-            while True:
+            while not session.is_closed():
                 entry = session.cache.find(key, live)
                 writing = session.writing
                 if entry is not None and entry.piece(live) and entry.is_settled(live):
@@ -191,10 +209,13 @@ class Completions:
                     continue
                 if not may_ask or (asked.trigger is Trigger.AUTOMATIC and triggers.is_in_the_way(around)):
                     return entry
+                may_ask = False
                 if wait_s := self._wait_s(asked):
                     await asyncio.sleep(wait_s)
-                may_ask = False
+                    if session.is_closed():
+                        break
                 self._ask(session, asked, key, around)
+            return None
         except asyncio.CancelledError:
             if session.writing is not None and not session.writing.ahead:
                 asyncio.get_running_loop().call_later(_GRACE_S, self._give_up_unwanted, session, session.writing)
@@ -229,6 +250,7 @@ class Completions:
     def _move_anchor(self, session: _Session, asked: Asked, around: Surroundings) -> None:
         anchor = session.anchor
         if anchor is not None and not asked.chosen and (anchor.brief or len(around.live) > LIVE_CHARS // 2):
+            self._disturb(session)
             session.resting = asyncio.create_task(self._read(session, asked, _REANCHOR_S))
 
     async def _read(self, session: _Session, asked: Asked, after_s: float) -> None:
@@ -258,12 +280,12 @@ class Completions:
     async def _was_read(self, request: CompletionRequest) -> bool:
         try:
             async with aclosing(self._link.complete(request)) as parts:
-                async for part in parts:
-                    if isinstance(part, Completion):
-                        return part.stop_reason is not StopReason.CANCELLED
+                # To its end, or the connection could not be used again.
+                (answer,) = [part async for part in parts if isinstance(part, Completion)]
         except TabwiseError as error:
             log.info("nothing was read ahead: %s", error)
-        return False
+            return False
+        return answer.stop_reason is not StopReason.CANCELLED
 
     def _write(self, session: _Session, writing: _Writing, request: CompletionRequest) -> None:
         session.writing = writing
@@ -273,19 +295,22 @@ class Completions:
         entry, began = writing.entry, self._clock()
         base = len(entry.text)
         done: Completion | None = None
+        is_told = writing.ahead  # what is written in advance says nothing of how long one waits
         try:
             async with aclosing(self._link.complete(request)) as parts:
                 async for part in parts:
                     if isinstance(part, Completion):
                         done = part
-                        self._settle(session, writing, base, done)  # who waits need not wait for the stream's end
-                        break
-                    if len(entry.text) == base and not writing.ahead:
+                        # Who waits need not wait for the stream's end; it is read, or the connection would be lost.
+                        self._settle(session, writing, base, done)
+                        continue
+                    if not is_told:
                         self.rhythm.first_text(self._clock() - began)
+                        is_told = True
                     entry.text += part
                     writing.tell()
         except asyncio.CancelledError:
-            if len(entry.text) == base and not writing.ahead:
+            if not is_told:
                 self.rhythm.gave_up(self._clock() - began)
             raise
         except TabwiseError as error:
@@ -341,7 +366,9 @@ class Completions:
         writing, session.writing = session.writing, None
         if writing is not None and writing.task is not None:
             writing.task.cancel()
-            self._take_back(session, writing)  # here, too: a task that had not begun yet never gets to its end
+            # Here, too: a task that had not begun yet never gets to its end.
+            self._take_back(session, writing)
+            writing.tell()
 
     def _take_back(self, session: _Session, writing: _Writing) -> None:
         """Leave of an entry only the pieces that are whole."""

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_BUDGET_CHARS = 6_000  # 1,500 tokens: what a GPU's budget takes; the daemon cuts it to its own
 _SAME_LINES = 64  # so far from where it was chosen a choice stands, as the text above in a prompt does
 _SAME_S = 300.0
 _CHOICES = 64  # documents for which the choice is kept
@@ -72,7 +71,13 @@ class Edits:
             before = self._edits.pop()
             grown = document.n_lines - before.document.n_lines
             now = replace(now, first=min(before.first, first), last=max(before.last + grown, last))
-        self._edits.append(now)
+        # What was written there before is no text of the document's any more.
+        older = [each for each in self._edits if not each.takes(document, now.first, now.last)]
+        self._edits = deque((*older, now), maxlen=_EDITS)
+
+    def forget(self, uri: str) -> None:
+        """Forget what was edited in a document: it was closed, and may not have been saved."""
+        self._edits = deque((each for each in self._edits if each.document.uri != uri), maxlen=_EDITS)
 
     def latest(self) -> tuple[Edit, ...]:
         """Return the edits, the newest last."""
@@ -81,6 +86,7 @@ class Edits:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
+    scope: tuple[tuple[str, ...], tuple[str, ...]]
     snippets: tuple[Snippet, ...]
     line: int
     at: float
@@ -98,9 +104,15 @@ class Elsewhere:
         self._repository: Repository | None = None
         self._scope: tuple[tuple[str, ...], tuple[str, ...]] | None = None
 
+    def edited(self, document: Document, first: int, last: int) -> None:
+        """Lines of a document, as it is now, were written."""
+        if document.uri.startswith("file:"):
+            self.edits.note(document, first, last)
+
     def closed(self, uri: str) -> None:
         """A document was closed: it was visited."""
         self._choices.pop(uri, None)
+        self.edits.forget(uri)
         path = path_of(uri)
         if path is not None:
             self._visited[path] = None
@@ -116,6 +128,7 @@ class Elsewhere:
         roots: Iterable[str],
         exclude: Iterable[str],
         others: Iterable[Document],
+        budget_chars: int,
     ) -> tuple[Snippet, ...]:
         """Return what helps at a cursor, the most useful last; nothing for what is no file.
 
@@ -125,53 +138,67 @@ class Elsewhere:
             roots: URIs of the workspace's folders.
             exclude: What is not to be read: patterns in gitignore's form.
             others: Open documents, the most recently visited last.
+            budget_chars: Most characters of all together.
         """
         path, now = path_of(document.uri), self._clock()
         if path is None:
             return ()
         scope = (tuple(roots), tuple(exclude))
         known = self._choices.get(document.uri)
-        if scope == self._scope and known and abs(known.line - place.line) <= _SAME_LINES and now - known.at < _SAME_S:
+        if known and known.scope == scope and abs(known.line - place.line) <= _SAME_LINES and now - known.at < _SAME_S:
             return known.snippets
         # Copied here, since the thread must not see what changes meanwhile.
         recent, edits, opened = tuple(self._visited), self.edits.latest(), tuple(others)
-        found = await asyncio.to_thread(self._find, scope, document, path, place, opened, recent, edits)
-        self._choices[document.uri] = _Choice(found, place.line, now)
+        repository = await self._opened(scope)
+        texts = (opened, recent, edits)
+        try:
+            found = await asyncio.to_thread(_find, repository, document, path, place, budget_chars, *texts)
+        except Exception as error:  # noqa: BLE001 - parsers and disks of all kinds; a prompt without it is none the worse
+            log.error("nothing of other files is taken: %s", type(error).__name__)
+            found = ()
+        self._choices[document.uri] = _Choice(scope, found, place.line, now)
         self._choices.move_to_end(document.uri)
         while len(self._choices) > _CHOICES:
             self._choices.popitem(last=False)
         return found
 
-    def _find(
-        self,
-        scope: tuple[tuple[str, ...], tuple[str, ...]],
-        document: Document,
-        path: Path,
-        place: Place,
-        opened: tuple[Document, ...],
-        recent: tuple[Path, ...],
-        edits: tuple[Edit, ...],
-    ) -> tuple[Snippet, ...]:
-        module: Any = importlib.import_module("agent.repository")  # with tree-sitter: too long for the server's start
+    async def _opened(self, scope: tuple[tuple[str, ...], tuple[str, ...]]) -> "Repository":
         if self._repository is None or scope != self._scope:
+            # With tree-sitter: too long for the server's start.
+            module: Any = await asyncio.to_thread(importlib.import_module, "agent.repository")
+            folders = [folder for folder in map(path_of, scope[0]) if folder is not None]
             try:
-                folders = [folder for folder in map(path_of, scope[0]) if folder is not None]
-                self._repository, self._scope = module.Repository(folders, scope[1]), scope
+                self._repository = module.Repository(folders, scope[1])
             except ConfigError as error:
                 log.error("nothing of other files is read: %s", error)
-                self._repository, self._scope = module.Repository([]), scope
-        texts = [(path_of(each.uri), each.text) for each in opened]
-        changed = [(path_of(each.document.uri), each.text) for each in edits]
-        return self._repository.snippets(
-            path,
-            document.language,
-            document.between(Place(0, 0), place),
-            budget_chars=_BUDGET_CHARS,
-            suffix=document.between(place, document.end),
-            open_documents=_file_texts(module.FileText, texts),
-            recent_files=recent,
-            recent_edits=_file_texts(module.FileText, changed),
-        )
+                self._repository = module.Repository([])
+            self._scope = scope
+        return self._repository
+
+
+def _find(
+    repository: "Repository",
+    document: Document,
+    path: Path,
+    place: Place,
+    budget_chars: int,
+    opened: tuple[Document, ...],
+    recent: tuple[Path, ...],
+    edits: tuple[Edit, ...],
+) -> tuple[Snippet, ...]:
+    module: Any = importlib.import_module("agent.repository")
+    texts = [(path_of(each.uri), each.text) for each in opened]
+    changed = [(path_of(each.document.uri), each.text) for each in edits]
+    return repository.snippets(
+        path,
+        document.language,
+        document.between(Place(0, 0), place),
+        budget_chars=budget_chars,
+        suffix=document.between(place, document.end),
+        open_documents=_file_texts(module.FileText, texts),
+        recent_files=recent,
+        recent_edits=_file_texts(module.FileText, changed),
+    )
 
 
 def _file_texts(kind: type["FileText"], texts: Iterable[tuple[Path | None, str]]) -> list["FileText"]:

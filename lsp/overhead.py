@@ -2,8 +2,8 @@
 
 Ours is the real language server and the real daemon with the engine of the tests, which takes no time; beside it a pygls
 server that does nothing but ask an HTTP server that does nothing. Turn by turn in one run: a key (a change and a
-request) to ours, a request to the bare one. Each key is one that the cache cannot answer. Needs a checkout, since the
-engine belongs to the tests.
+request) to ours, a request to the bare one. Each key is one that the cache cannot answer. Prompts are the short ones of
+fast typing, without text from elsewhere. Needs a checkout, since the engine belongs to the tests.
 """
 
 import asyncio

@@ -23,6 +23,7 @@ from lsp.state import State
 
 log = logging.getLogger(__name__)
 
+_LINE_BYTES = 1 << 24  # of a header; what is longer is a message without one
 _NOTEBOOKS = types.NotebookDocumentSyncOptions(
     notebook_selector=[types.NotebookDocumentFilterWithNotebook(notebook="*")]
 )
@@ -38,7 +39,7 @@ class TabwiseServer(LanguageServer):
 
         pygls reads in a thread, line by line, which costs a millisecond for each key; the event loop reads pipes itself.
         """
-        if not _is_pipe(sys.stdin.fileno()):
+        if not _are_pipes(sys.stdin.fileno(), sys.stdout.fileno()):
             self.start_io()
             return
         self._stop_event = threading.Event()
@@ -53,12 +54,14 @@ class TabwiseServer(LanguageServer):
             self.shutdown()  # type: ignore[no-untyped-call]
 
     async def _read_pipe(self, stop: threading.Event) -> None:
-        reader = asyncio.StreamReader()
+        reader = asyncio.StreamReader(limit=_LINE_BYTES)
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         try:
             await run_async(stop, reader, self.protocol, log, self.report_server_error)
         except asyncio.IncompleteReadError:
             log.error("the client broke off in the middle of a message")
+        except ValueError:
+            log.error("a header line of over %d bytes came; messages begin with Content-Length", _LINE_BYTES)
 
     def report_server_error(self, error: Exception, source: Any) -> None:
         """Log what went wrong, without values, which may be text of the user's; answer what was no JSON."""
@@ -73,10 +76,12 @@ class TabwiseServer(LanguageServer):
         log.error("%s at %s", type(error).__name__, trail or "an unknown place")
 
 
-def _is_pipe(descriptor: int) -> bool:
+def _are_pipes(given: int, answered: int) -> bool:
     if os.name != "posix":
         return False  # Windows' loop cannot wait for such pipes
-    mode = os.fstat(descriptor).st_mode
+    if os.path.sameopenfile(given, answered):
+        return False  # one socket for both: reading would make writing fail where it has to wait
+    mode = os.fstat(given).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 

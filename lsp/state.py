@@ -16,6 +16,8 @@ from lsp.elsewhere import Elsewhere
 from lsp.requests import Latest
 from lsp.settings import EditorSettings
 
+_TOKEN_CHARS = 4  # that a token of code has on average, paths and names included; the daemon counts
+
 
 @dataclass(slots=True)
 class State:
@@ -44,11 +46,16 @@ class State:
 
     async def _snippets(self, asked: Asked) -> tuple[agent_types.Snippet, ...]:
         settings = (await self.settings.current()).completion
-        if settings.snippet_tokens == 0:
+        budget_chars = _TOKEN_CHARS * await self.link.snippet_tokens()
+        if not budget_chars:
             return ()
-        others = self.library.documents.values()
         return await self.elsewhere.snippets(
-            asked.document, asked.place, roots=self.roots, exclude=settings.exclude, others=others
+            asked.document,
+            asked.place,
+            roots=self.roots,
+            exclude=settings.exclude,
+            others=self.library.documents.values(),
+            budget_chars=budget_chars,
         )
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:

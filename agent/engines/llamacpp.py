@@ -36,6 +36,7 @@ from agent.types import Chat, Message
 _QUIET = -1  # llama.cpp's log goes to standard error and may quote prompts
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
 """A long prefill says nothing for a while; callers cancel, not the clock."""
+_CPU_BATCH, _GPU_BATCH = 16, 512  # 0.15 s on two cores; a tenth of that on a GPU, which small batches leave idle
 _LINE_BYTES = 1 << 20  # aiohttp refuses longer lines than twice this; a token's, with 40 others, has 5 KB
 
 
@@ -45,10 +46,10 @@ class LlamaCppEngine:
     def __init__(self, server: xllamacpp.Server, socket: Path, settings: EngineSettings) -> None:
         """Wrap a running server; use `load`."""
         self.context_tokens = settings.context_tokens
-        self.on_gpu = settings.gpu_layers != 0 and any(kind == "GPU" for kind, _ in devices())
+        self.on_gpu = _on_gpu(settings)
         self._slots = Slots(settings.completion_slots)
         self._explanation_slot = settings.completion_slots
-        self._batch_tokens = settings.batch_tokens
+        self._batch_tokens = _batch_tokens(settings, on_gpu=self.on_gpu)
         self._server: xllamacpp.Server | None = server
         self._socket = socket
         self._http = aiohttp.ClientSession(
@@ -133,6 +134,9 @@ class LlamaCppEngine:
         if not request.ahead or request.max_tokens:
             async with aclosing(self._stream(request, slot)) as events:
                 async for event in events:
+                    if request.task is Task.COMPLETION and not isinstance(event, Finished):
+                        read = event.done_tokens if isinstance(event, Prefilled) else len(request.prompt_ids)
+                        self._slots.read(slot, read)
                     yield event
             return
         async with aclosing(self._read_in_pieces(request, slot, held)) as pieces:
@@ -143,7 +147,6 @@ class LlamaCppEngine:
         """Read a prompt batch by batch: llama.cpp computes two batches more before it notices that nobody listens."""
         total = len(request.prompt_ids)
         read, cached = 0, None
-        self._slots.read(slot, held)
         for end in (*range(held + self._batch_tokens, total, self._batch_tokens), total):
             piece = replace(request, prompt_ids=request.prompt_ids[:end])
             async with aclosing(self._stream(piece, slot)) as events:
@@ -248,13 +251,21 @@ def devices() -> list[tuple[str, str]]:
     return [(item["type"].name.rpartition("_")[2], item["description"]) for item in found]
 
 
+def _on_gpu(settings: EngineSettings) -> bool:
+    return settings.gpu_layers != 0 and any(kind == "GPU" for kind, _ in devices())
+
+
+def _batch_tokens(settings: EngineSettings, *, on_gpu: bool) -> int:
+    return settings.batch_tokens or (_GPU_BATCH if on_gpu else _CPU_BATCH)
+
+
 def _params(path: Path, settings: EngineSettings, socket: Path) -> xllamacpp.CommonParams:
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.hostnames = [str(socket)]
     params.n_parallel = settings.completion_slots + 1
     params.n_ctx = settings.context_tokens * params.n_parallel
-    params.n_batch = params.n_ubatch = settings.batch_tokens
+    params.n_batch = params.n_ubatch = _batch_tokens(settings, on_gpu=_on_gpu(settings))
     threads = settings.threads or psutil.cpu_count(logical=False) or 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.n_gpu_layers = settings.gpu_layers

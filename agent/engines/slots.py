@@ -21,7 +21,7 @@ class Slots:
         self._requests = 0
 
     def choose(self, prompt_ids: tuple[int, ...], *, ahead: bool) -> tuple[int, int]:
-        """Return the slot for a prompt and how many of its tokens that should hold, and take note of it.
+        """Return the slot for a prompt and how many of its tokens that holds, and take note of it.
 
         Args:
             prompt_ids: The prompt.
@@ -34,12 +34,12 @@ class Slots:
         if ahead and shared[best] < _SAME_PLACE * len(prompt_ids):
             best = min(slots, key=lambda slot: self._used[slot])
         held = min(shared[best], self._read[best])
-        self._held[best], self._read[best] = prompt_ids, len(prompt_ids)
+        self._held[best], self._read[best] = prompt_ids, held
         self._used[best] = self._requests
         return best, held
 
     def read(self, slot: int, count: int) -> None:
-        """Take note of how much of a slot's prompt is computed, until it is used again."""
+        """Take note that so much of a slot's prompt is computed."""
         self._read[slot] = count
 
 

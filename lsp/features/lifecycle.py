@@ -50,6 +50,7 @@ def register(server: LanguageServer, state: State) -> None:
             await _ask_settings(server, state)
         elif isinstance(params.settings, dict):
             state.settings.change(params.settings.get(SECTION))
+            state.completions.look_again()
         await _tell_problems(server, state)
 
     @server.feature(types.WORKSPACE_DID_CHANGE_WORKSPACE_FOLDERS)
@@ -57,6 +58,7 @@ def register(server: LanguageServer, state: State) -> None:
         removed = {folder.uri for folder in params.event.removed}
         state.roots = [uri for uri in state.roots if uri not in removed]
         state.roots += [folder.uri for folder in params.event.added]
+        state.completions.look_again()
 
     @server.feature(types.SHUTDOWN)
     async def shutdown(params: None) -> None:
@@ -127,6 +129,7 @@ async def _ask_settings(server: LanguageServer, state: State) -> None:
         log.warning("the client did not tell its settings (%s); those of the file hold", type(error).__name__)
         return
     state.settings.change(answer[0] if answer else None)
+    state.completions.look_again()
 
 
 async def _tell_problems(server: LanguageServer, state: State) -> None:

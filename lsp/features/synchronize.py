@@ -26,9 +26,7 @@ def register(server: LanguageServer, state: State) -> None:
 
     @server.feature(types.TEXT_DOCUMENT_DID_CLOSE)
     def did_close(params: types.DidCloseTextDocumentParams) -> None:
-        state.library.documents.pop(params.text_document.uri, None)
-        state.completions.forget(params.text_document.uri)
-        state.elsewhere.closed(params.text_document.uri)
+        _close(state, params.text_document.uri)
 
     @server.feature(types.NOTEBOOK_DOCUMENT_DID_OPEN)
     def notebook_did_open(params: types.DidOpenNotebookDocumentParams) -> None:
@@ -44,7 +42,7 @@ def register(server: LanguageServer, state: State) -> None:
     def notebook_did_close(params: types.DidCloseNotebookDocumentParams) -> None:
         state.library.notebooks.pop(params.notebook_document.uri, None)
         for cell in params.cell_text_documents:
-            state.library.documents.pop(cell.uri, None)
+            _close(state, cell.uri)
 
 
 def _open(state: State, items: Sequence[types.TextDocumentItem]) -> None:
@@ -53,21 +51,29 @@ def _open(state: State, items: Sequence[types.TextDocumentItem]) -> None:
         state.library.documents[item.uri] = document
 
 
+def _close(state: State, uri: str) -> None:
+    state.library.documents.pop(uri, None)
+    state.completions.forget(uri)
+    state.elsewhere.closed(uri)
+
+
 def _change(
     state: State,
     identifier: types.VersionedTextDocumentIdentifier,
     changes: Sequence[types.TextDocumentContentChangeEvent],
 ) -> None:
-    document = state.library.documents.pop(identifier.uri, None)
+    document = state.library.documents.get(identifier.uri)
     if document is None:
         log.warning("a change of a document that was never opened was ignored")
         return
     made = [_as_change(change) for change in changes]
-    # At the end: the document that was visited last.
-    document = state.library.documents[identifier.uri] = document.changed(identifier.version, made)
     for change in made:
+        document = document.changed(identifier.version, [change])
         if change.start is not None:
-            state.elsewhere.edits.note(document, change.start[0], change.start[0] + change.text.count("\n"))
+            state.elsewhere.edited(document, change.start[0], change.start[0] + change.text.count("\n"))
+    # At the end stands the document that was visited last.
+    del state.library.documents[identifier.uri]
+    state.library.documents[identifier.uri] = document
     state.deleted = bool(made) and made[-1].start is not None and not made[-1].text
     state.last_change = time.monotonic()
     state.completions.rhythm.key(state.last_change)
@@ -91,7 +97,7 @@ def _change_notebook(state: State, params: types.DidChangeNotebookDocumentParams
         state.library.notebooks[uri] = book.spliced(array.start, array.delete_count, _cells(array.cells or ()))
         _open(state, changes.structure.did_open or ())
         for closed in changes.structure.did_close or ():
-            state.library.documents.pop(closed.uri, None)
+            _close(state, closed.uri)
         state.last_change = time.monotonic()
     for content in changes.text_content or ():
         _change(state, content.document, content.changes)

@@ -24,7 +24,7 @@ from agent import paths
 from agent.client import DaemonClient
 from agent.errors import DaemonError
 from agent.version import __version__
-from lsp.keystrokes.editor import Change, Editor
+from lsp.keystrokes.editor import Change, Editor, Kind
 from lsp.keystrokes.figures import Work
 from lsp.keystrokes.screen import Screen
 from lsp.keystrokes.trace import Key
@@ -79,6 +79,7 @@ class Ours:
         self._tasks: set[asyncio.Task[None]] = set()
         self._asked = 0
         self._unfit = 0
+        self._typed = ""  # by the latest key
         self._client: Any = LanguageClient("tabwise-keystrokes", __version__)
         self._started = False
         self._daemon: DaemonClient | None = None
@@ -120,6 +121,7 @@ class Ours:
         self._client.text_document_did_close(types.DidCloseTextDocumentParams(gone))
         # The version goes on: answers to what was asked before are told by it.
         self._uri, self._language, self._version = file.absolute().as_uri(), language, self._version + 1
+        self._typed = ""
         self._look(editor)
         item = types.TextDocumentItem(self._uri, language, self._version, editor.text)
         self._client.text_document_did_open(types.DidOpenTextDocumentParams(item))
@@ -144,6 +146,7 @@ class Ours:
             if not self._requests[name].done():
                 self._client.cancel_request(types.CancelParams(name))
         self._flying.clear()
+        self._typed = key.text if key.kind is Kind.CHARACTER else ""
         text = self._text
         self._look(editor)
         if change is None:
@@ -194,8 +197,7 @@ class Ours:
             return
         items = answer.items if isinstance(answer, types.InlineCompletionList) else answer or []
         ghost = self._ghost(items[0]) if items else ""
-        if ghost is None:
-            self._unfit += 1
+        self._unfit += ghost is None or is_stale(ghost, self.screen.found, self._typed)
         self.screen.show(ghost or "")
 
     def _refresh(self, params: Any) -> None:
@@ -286,6 +288,14 @@ def ghost_text(item: types.InlineCompletionItem, line: int, before: str, behind:
         return ghost[: -len(taken)]  # it stands there already
     rest = iter(ghost)
     return ghost if all(character in rest for character in taken) else None
+
+
+def is_stale(ghost: str, seen: str, typed: str) -> bool:
+    """Tell whether ghost text is the one from before a key that was its beginning: its rest should stand there.
+
+    A text of one character over and over may come again and fit.
+    """
+    return bool(typed) and seen.startswith(typed) and ghost == seen and len(set(seen)) > 1
 
 
 def _position(text: str, offset: int) -> types.Position:

@@ -16,6 +16,8 @@ class Screen:
     def __init__(self) -> None:
         """Show nothing."""
         self.ghost = ""
+        self.found = ""
+        """Ghost text that the latest key found on screen."""
         self._pressed = time.monotonic()
         self._first_ms: float | None = None
 
@@ -28,6 +30,7 @@ class Screen:
     def press(self, key: Key) -> Step:
         """Note what a key finds on screen, and clear it."""
         step = Step(key, self.ghost, self._first_ms)
+        self.found = self.ghost
         self.ghost, self._first_ms, self._pressed = "", None, time.monotonic()
         return step
 

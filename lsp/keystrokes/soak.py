@@ -1,7 +1,7 @@
 """`tabwise bench soak`: several editors that type at once for a long time, on one daemon.
 
 Three things must hold: memory stops growing, every request is answered, and whatever is shown fits the document's version
-that it is shown on. Each editor has a language server of its own; when a region's trace is typed, the next one begins in
+that it is shown on. Where one does not, the exit status tells. Each editor has a language server of its own; when a region's trace is typed, the next one begins in
 the same server. Plays keys as `bench keystrokes` does; knows nothing of figures about completions.
 """
 
@@ -35,6 +35,8 @@ _SETTLED = 1 / 6
 """Share of the time after which memory is taken to have settled: five minutes of thirty."""
 _WINDOW = 1 / 12  # of the time, over which memory is averaged at the beginning and at the end
 _NEW_TOKENS = 32
+_MOST_GROWTH = 0.05
+_TELLING_MINUTES = 10.0  # in less time, memory is still on its way up
 
 
 class _Typist:
@@ -124,6 +126,8 @@ async def soak(files: Sequence[Path], editors: int, minutes: float, progress: Pr
 def growth(samples: Sequence[tuple[float, dict[int, int]]], seconds: float) -> dict[str, Any]:
     """Return how memory grew from when it had settled to the end, in all processes together and in the worst one.
 
+    `vanished` counts processes that were there at first and not at the end.
+
     Args:
         samples: Seconds since the beginning, and bytes for each process.
         seconds: How long it lasted.
@@ -133,14 +137,21 @@ def growth(samples: Sequence[tuple[float, dict[int, int]]], seconds: float) -> d
     late = [sizes for at, sizes in samples if seconds - window <= at]
     pids = {pid for sizes in early for pid in sizes} & {pid for sizes in late for pid in sizes}
     if not pids:
-        return {"memory_growth": None, "worst_growth": None, "memory_mib": None}
+        return {"memory_growth": None, "worst_growth": None, "memory_mib": None, "vanished": 0}
     before, after = ({pid: _mean(sizes, pid) for pid in pids} for sizes in (early, late))
     total = sum(after.values())
     return {
         "memory_growth": round(total / sum(before.values()) - 1, 4),
         "worst_growth": round(max(after[pid] / before[pid] for pid in pids) - 1, 4),
         "memory_mib": round(total / (1 << 20), 1),
+        "vanished": len({pid for sizes in early for pid in sizes} - pids),
     }
+
+
+def holds(found: dict[str, Any]) -> bool:
+    """Tell whether all that must hold does."""
+    grew = found["minutes"] >= _TELLING_MINUTES and not (found["memory_growth"] or 0) < _MOST_GROWTH
+    return not (grew or found["unanswered"] or found["unfit"] or found["vanished"])
 
 
 def _mean(samples: Sequence[dict[int, int]], pid: int) -> float:
@@ -182,7 +193,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     sys.stdout.write(json.dumps(found) + "\n")
-    return 0
+    return 0 if holds(found) else 1
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ def steps(*ids: int) -> list[Step]:
 
 def test_the_same_tokens() -> None:
     assert verdict(steps(1, 2, 3), steps(1, 2, 3)) == "same"
-    assert verdict([], []) == "same"
+    assert verdict([], []) == "empty"
 
 
 def test_a_near_tie_at_the_first_difference() -> None:

@@ -321,3 +321,15 @@ async def test_odd_characters_travel_whole(fake_daemon: StartDaemon) -> None:
         assert "\u2028and\x85" in parts[-1].markdown
         with pytest.raises(InputError, match="holds secrets"):
             await drain(client.explain(ExplanationRequest("e", "prod/.env", "plaintext", "KEY=1")))
+
+
+def test_a_whole_answer_that_nobody_waits_for_any_more_frees_the_engine(
+    fake_daemon: StartDaemon, http: httpx.Client
+) -> None:
+    fake_daemon(FAKE_TOKEN_S="0.05")
+    http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})  # the model is loaded
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/completions", json={"prompt": "SLOW", "max_tokens": 400}, timeout=0.5)
+    began = time.monotonic()
+    assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+    assert time.monotonic() - began < 5  # of twenty that the other one takes

@@ -5,6 +5,7 @@ def test_typing_on_stays_in_its_slot() -> None:
     slots = Slots(3)
     first, held = slots.choose((1, 2, 3, 4), ahead=False)
     assert held == 0
+    slots.read(first, 4)
     assert slots.choose((1, 2, 3, 4, 5), ahead=False) == (first, 4)
     assert slots.choose((1, 2, 3, 9), ahead=False) == (first, 3)
 
@@ -35,6 +36,7 @@ def test_a_prompt_that_was_read_in_part_is_gone_on_with_in_its_slot() -> None:
     slots.read(slot, 2)
     assert slots.choose((1, 2, 3, 4, 5), ahead=False)[0] != slot
     assert slots.choose(long, ahead=True) == (slot, 2)
+    slots.read(slot, 6)
     assert slots.choose((*long, 11), ahead=False) == (slot, 6)
 
 

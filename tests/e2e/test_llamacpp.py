@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -185,3 +186,25 @@ async def test_closing_frees_memory_and_removes_the_socket(real_world: World) ->
         assert time.monotonic() < until, "the model is still in memory"
         await asyncio.sleep(0.05)
     assert list(real_world.runtime.glob("engine-*.sock")) == []
+
+
+async def test_what_is_read_in_advance_is_read_in_batches_and_gone_on_with(engine: LlamaCppEngine) -> None:
+    prompt = await ids_of(engine, "# in advance\n" + CODE * 8)
+    request = GenerationRequest(prompt, 0, ahead=True)
+    async with aclosing(engine.generate(request)) as stream:
+        async for event in stream:
+            if isinstance(event, Prefilled) and event.done_tokens >= 48:
+                break
+    done = [0]
+    async with aclosing(engine.generate(request)) as stream:
+        async for event in stream:
+            if isinstance(event, Prefilled):
+                done.append(event.done_tokens)
+            elif isinstance(event, Finished):
+                assert event.cached_tokens >= 32
+                assert event.prefill_tokens <= len(prompt) - event.cached_tokens
+    assert done[-1] == len(prompt)
+    first = next(count for count in done if count)
+    assert all(after - before <= 16 for before, after in pairwise([first, *done[1:]]) if after > before)
+    _, finished = await run(engine, GenerationRequest(prompt, 1))
+    assert finished.cached_tokens >= len(prompt) - 1

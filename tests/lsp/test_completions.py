@@ -261,3 +261,55 @@ async def test_what_stands_elsewhere_is_asked_for_when_a_long_prompt_is_read_and
     assert len(looked) == 1
     assert [(one.brief, one.snippets) for one in link.requests if one.prefix == "v"] == [(True, ()), (False, near)]
     assert [(one.brief, one.snippets) for one in link.requests if one.prefix == "w"] == [(False, near)]
+
+
+async def test_a_document_that_is_closed_answers_what_waits_and_begins_nothing_new() -> None:
+    link = FakeLink(tells, character_s=0.01)
+    made = completions(link)
+    first = asyncio.create_task(shown(made, "val█"))
+    await asyncio.sleep(0.03)
+    second = asyncio.create_task(shown(made, "valu█"))  # joins what is being written
+    await asyncio.sleep(0.005)
+    made.forget("file:///a.py")
+    assert await asyncio.wait_for(asyncio.gather(first, second), 1) == ["", ""]
+    await asyncio.sleep(0.9)
+    assert len(link.requests) == 1
+
+
+async def test_a_stream_that_is_given_up_before_it_began_wakes_who_waits() -> None:
+    link = FakeLink(tells, character_s=0.01)
+    made = completions(link)
+    request = asyncio.create_task(shown(made, "val█"))
+    await asyncio.sleep(0)  # it has asked, and the stream's task has not run yet
+    made.forget("file:///a.py")
+    assert await asyncio.wait_for(request, 1) == ""
+
+
+async def test_what_may_stand_in_prompts_is_looked_up_again() -> None:
+    link = FakeLink(tells)
+    chosen = [(Snippet("a.py", "one"),), (Snippet("a.py", "two"),)]
+
+    async def elsewhere(place: Asked) -> tuple[Snippet, ...]:
+        return chosen.pop(0)
+
+    made = Completions(link, elsewhere=elsewhere)  # type: ignore[arg-type]
+    await shown(made, "v█")
+    await asyncio.sleep(1.0)
+    made.look_again()
+    assert await shown(made, "w█") == "otherwise"
+    assert [one.snippets for one in link.requests if one.prefix == "w"] == [()]
+    await asyncio.sleep(1.0)
+    assert [one.snippets for one in link.requests][-1] == (Snippet("a.py", "two"),)
+
+
+async def test_a_text_that_was_diverged_from_is_no_slow_answer() -> None:
+    link = FakeLink(tells, character_s=0.01)
+    made = completions(link)
+    for number in range(6):
+        request = asyncio.create_task(shown(made, f"a{number}█"))
+        await asyncio.sleep(0.05)  # some of it is written
+        request.cancel()
+        other = asyncio.create_task(shown(made, f"b{number}█"))
+        await asyncio.sleep(0.03)
+        other.cancel()
+    assert made.rhythm._usual_s() < 0.03

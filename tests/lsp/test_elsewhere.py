@@ -23,7 +23,9 @@ async def found(
     exclude: tuple[str, ...] = (),
 ) -> tuple[Snippet, ...]:
     place = Place(line, 0)
-    return await elsewhere.snippets(document, place, roots=[root.as_uri()], exclude=exclude, others=[document, *others])
+    return await elsewhere.snippets(
+        document, place, roots=[root.as_uri()], exclude=exclude, others=[document, *others], budget_chars=4000
+    )
 
 
 async def test_declarations_of_what_is_imported(tmp_path: Path) -> None:
@@ -110,3 +112,28 @@ def test_the_oldest_edits_are_forgotten() -> None:
     for line in range(0, 400, 20):
         edits.note(document, line, line)
     assert [each.first for each in edits.latest()] == list(range(240, 400, 20))
+
+
+def test_what_was_typed_over_and_what_was_closed_is_no_edit_any_more() -> None:
+    edits = Edits()
+    text = "".join(f"line{n}\n" for n in range(60))
+    document = Document.opened("file:///a.py", "python", 1, text, Units.UTF16)
+    document = document.changed(2, [Change("secret ", (10, 0), (10, 0))])
+    edits.note(document, 10, 10)
+    document = document.changed(3, [Change("far ", (40, 0), (40, 0))])
+    edits.note(document, 40, 40)
+    document = document.changed(4, [Change("", (10, 0), (10, 7))])
+    edits.note(document, 10, 10)
+    assert not any("secret" in each.text for each in edits.latest())
+    assert [each.first for each in edits.latest()] == [40, 10]
+    edits.forget("file:///a.py")
+    assert edits.latest() == ()
+
+
+async def test_what_is_excluded_later_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "helpers.py").write_text("def total():\n    return 0\n")
+    document, other = opened(tmp_path / "main.py", CALLER), opened(tmp_path / "other.py", "x = 1\n\n\n\n")
+    elsewhere = Elsewhere()
+    assert len(await found(elsewhere, document, tmp_path)) == 1
+    await found(elsewhere, other, tmp_path, exclude=("helpers.py",))
+    assert await found(elsewhere, document, tmp_path, exclude=("helpers.py",)) == ()
