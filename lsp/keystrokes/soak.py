@@ -162,13 +162,16 @@ async def _memory() -> dict[int, int]:
     """Bytes in memory of the language servers, which are children of ours, and of the daemon."""
     async with DaemonClient() as daemon:
         health = await daemon.health()
-    processes = psutil.Process().children() + ([psutil.Process(health["pid"])] if health else [])
     found = {}
-    for process in processes:
+    for process in psutil.Process().children():
         try:
-            found[process.pid] = process.memory_info().rss
+            # Daemons that found another one at work are children, too, for a moment.
+            if "lsp.server" in process.cmdline() or (health and process.pid == health["pid"]):
+                found[process.pid] = process.memory_info().rss
         except psutil.NoSuchProcess:
-            continue  # the daemon's launcher, which has ended
+            continue
+    if health and health["pid"] not in found:
+        found[health["pid"]] = psutil.Process(health["pid"]).memory_info().rss
     return found
 
 
