@@ -107,8 +107,8 @@ class Ours:
             async for _ in states:
                 pass
         status = await self._daemon.status()
-        # The language server is a child of ours, the daemon that of whoever came first to start it.
-        self._processes = [*psutil.Process().children(), psutil.Process(status["pid"])]
+        # Ours alone: other editors may have children of this process, too.
+        self._processes = [psutil.Process(client._server.pid), psutil.Process(status["pid"])]
         self._work, self._cpu_s = status["work"], cpu_seconds(self._processes)
 
     def reopen(self, file: Path, language: str, editor: Editor) -> None:
