@@ -93,7 +93,7 @@ async def _prompt(loaded: LoadedModel, text: str, cursor: int) -> tuple[int, ...
 
 async def _compare(engine: Engine, prompt_ids: tuple[int, ...], typed: int) -> dict[str, str]:
     # As it comes about: read in advance in pieces, typed at, once with a slip, and continued from what that left.
-    read, typed = prompt_ids[:-typed], min(typed, len(prompt_ids) - 1)
+    read = prompt_ids[: -min(typed, len(prompt_ids) - 1)]
     await _continue(engine, read, 0)
     for end in range(len(read), len(prompt_ids)):
         await _continue(engine, prompt_ids[:end], 2)

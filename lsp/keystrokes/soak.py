@@ -1,8 +1,8 @@
 """`tabwise bench soak`: several editors that type at once for a long time, on one daemon.
 
 Three things must hold: memory stops growing, every request is answered, and whatever is shown fits the document's version
-that it is shown on. Where one does not, the exit status tells. Each editor has a language server of its own; when a region's trace is typed, the next one begins in
-the same server. Plays keys as `bench keystrokes` does; knows nothing of figures about completions.
+that it is shown on. Where one does not, or memory was not measured, the exit status tells. Each editor has a language
+server of its own; when a region's trace is typed, the next one begins in the same server. Plays keys as `bench keystrokes` does; knows nothing of figures about completions.
 """
 
 import argparse
@@ -137,7 +137,12 @@ def growth(samples: Sequence[tuple[float, dict[int, int]]], seconds: float) -> d
     late = [sizes for at, sizes in samples if seconds - window <= at]
     pids = {pid for sizes in early for pid in sizes} & {pid for sizes in late for pid in sizes}
     if not pids:
-        return {"memory_growth": None, "worst_growth": None, "memory_mib": None, "vanished": 0}
+        return {
+            "memory_growth": None,
+            "worst_growth": None,
+            "memory_mib": None,
+            "vanished": len({pid for sizes in early for pid in sizes}),
+        }
     before, after = ({pid: _mean(sizes, pid) for pid in pids} for sizes in (early, late))
     total = sum(after.values())
     return {
@@ -150,8 +155,10 @@ def growth(samples: Sequence[tuple[float, dict[int, int]]], seconds: float) -> d
 
 def holds(found: dict[str, Any]) -> bool:
     """Tell whether all that must hold does."""
-    grew = found["minutes"] >= _TELLING_MINUTES and not (found["memory_growth"] or 0) < _MOST_GROWTH
-    return not (grew or found["unanswered"] or found["unfit"] or found["vanished"])
+    grew = found["memory_growth"] is None or found["memory_growth"] >= _MOST_GROWTH
+    return not (
+        (grew and found["minutes"] >= _TELLING_MINUTES) or found["unanswered"] or found["unfit"] or found["vanished"]
+    )
 
 
 def _mean(samples: Sequence[dict[int, int]], pid: int) -> float:

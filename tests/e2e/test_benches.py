@@ -26,8 +26,9 @@ def test_cached_and_speculated_tokens_are_those_that_are_computed_anew(real_worl
 
 @pytest.mark.e2e
 def test_editors_that_type_at_once_get_all_answers_and_nothing_stale(real_world: World) -> None:
-    minutes = str(count(50) / 10)
-    done = real_world.run("bench", "soak", *FILES, "--minutes", minutes, "--json", timeout=3600)
+    # Two editors: four keep two cores so busy that next to nothing is shown, see LOG.
+    options = ("--editors", "2", "--minutes", str(count(50) / 10), "--json")
+    done = real_world.run("bench", "soak", *FILES, *options, timeout=3600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["requests"] > 100

@@ -18,6 +18,8 @@ def test_processes_that_came_or_went_are_left_out() -> None:
     assert growth(samples, 60)["memory_growth"] == 0.0
     assert growth(samples, 60)["vanished"] == 1
     assert growth([], 60)["memory_growth"] is None
+    gone = growth([(12.0, {1: MIB, 2: MIB})], 60)
+    assert (gone["memory_growth"], gone["vanished"]) == (None, 2)
 
 
 GOOD = {"minutes": 30.0, "memory_growth": 0.04, "unanswered": 0, "unfit": 0, "vanished": 0}
@@ -27,6 +29,7 @@ GOOD = {"minutes": 30.0, "memory_growth": 0.04, "unanswered": 0, "unfit": 0, "va
 def test_what_must_hold(bad: dict[str, float]) -> None:
     assert holds(GOOD)
     assert not holds(GOOD | bad)
+    assert not holds({**GOOD, "memory_growth": None})  # not measured is not held
     assert holds({**GOOD, "minutes": 0.5, "memory_growth": 0.5})
 
 
