@@ -38,25 +38,27 @@ class EngineSettings(_Section):
         ge=512,
         le=131_072,
         description="Room for prompt and answer together. Memory grows with it: 12 KB a token for the starter model, "
-        "56 KB for Qwen2.5-Coder-7B; it is taken once for explanations and for each of the completion slots.",
+        "56 KB for Qwen2.5-Coder-7B, half of that on a CPU; it is taken once for explanations and for each of the completion slots.",
     )
     threads: int = Field(0, ge=0, le=512, description="Threads of the CPU engine; 0 takes one for each physical core.")
     batch_tokens: int = Field(
         0,
         ge=0,
         le=2048,
-        description="Prompt tokens computed in one go; 0 for 16 on a CPU and 512 on a GPU. A cancelled request holds the engine for up to two batches "
-        "(0.3 s at 16 on 2 cores); a larger batch reads long prompts faster (6 % at 32, 17 % at 256).",
+        description="Prompt tokens computed in one go; 0 for 7 on a CPU and 512 on a GPU. A cancelled request holds the "
+        "engine for up to two batches (0.2 s at 7 on 2 cores). More read long prompts faster (25 % at 16), but from 8 on "
+        "sums come out a little different for every size, so that caches can change a completion where two tokens are "
+        "nearly as likely.",
     )
     gpu_layers: int = Field(
         -1, ge=-1, le=1000, description="Layers that llama.cpp puts on a GPU, where it was built for one; -1 for all."
     )
     completion_slots: int = Field(
-        3,
+        6,
         ge=1,
         le=16,
-        description="Places in the code whose prompts are kept computed at the same time. Each takes the memory of one "
-        "context.",
+        description="Places in the code whose prompts are kept computed at the same time: one for each document that is "
+        "typed at, and two more. Each takes the memory of one context.",
     )
     unload_after_s: int = Field(
         900, ge=0, le=604_800, description="Seconds without a request after which the model leaves memory; 0 for never."
