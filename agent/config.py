@@ -38,7 +38,7 @@ class EngineSettings(_Section):
         ge=512,
         le=131_072,
         description="Room for prompt and answer together. Memory grows with it: 12 KB a token for the starter model, "
-        "56 KB for Qwen2.5-Coder-7B, half of that on a CPU; it is taken once for explanations and for each of the completion slots.",
+        "56 KB for Qwen2.5-Coder-7B; it is taken once for explanations and for each of the completion slots.",
     )
     threads: int = Field(0, ge=0, le=512, description="Threads of the CPU engine; 0 takes one for each physical core.")
     batch_tokens: int = Field(

@@ -41,8 +41,9 @@ _CPU_BATCH, _GPU_BATCH = 7, 512
 
 Up to seven tokens, llama.cpp's kernels for CPUs sum in the order in which they sum for one token, so that it makes no
 difference how a prompt was cut into pieces (measured: equal to the last bit; `tabwise bench cache`). It holds together
-with two other choices in `_params`: no repacked weights, whose kernels take four rows at once, and an 8-bit key-value
-cache, since a 16-bit one of 512 cells is read by another kernel for one token than for several.
+with another choice in `_params`: no repacked weights, whose kernels take four rows at once. From 512 cells of the key-value
+cache on, one token is attended to by another kernel than several; an 8-bit cache would mend that, and is under suspicion of
+making completions worse (LOG).
 """
 _LINE_BYTES = 1 << 20  # aiohttp refuses longer lines than twice this; a token's, with 40 others, has 5 KB
 
@@ -276,7 +277,6 @@ def _params(path: Path, settings: EngineSettings, socket: Path) -> xllamacpp.Com
     params.n_batch = params.n_ubatch = _batch_tokens(settings, on_gpu=on_gpu)
     if not on_gpu:
         params.no_extra_bufts = True
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_Q8_0
     threads = settings.threads or psutil.cpu_count(logical=False) or 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.n_gpu_layers = settings.gpu_layers
