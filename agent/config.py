@@ -46,7 +46,7 @@ class EngineSettings(_Section):
         ge=0,
         le=2048,
         description="Prompt tokens computed in one go; 0 for 7 on a CPU and 512 on a GPU. A cancelled request holds the "
-        "engine for up to two batches (0.2 s at 7 on 2 cores). More read long prompts faster (25 % at 16), but from 8 on "
+        "engine for up to two batches (0.2 s at 7 on 2 cores, calculated). More read long prompts faster (25 % at 16), but from 8 on "
         "sums come out a little different for every size, so that caches can change a completion where two tokens are "
         "nearly as likely.",
     )

@@ -230,6 +230,11 @@ class Ours:
 
     async def close(self) -> None:
         """End the language server and the daemon."""
+        await self.end_server()
+        await self.end_daemon()
+
+    async def end_server(self) -> None:
+        """End the language server alone: while one of another editor lives, it starts a daemon that is missing."""
         for task in tuple(self._tasks):
             task.cancel()
         if self._started:
@@ -237,6 +242,9 @@ class Ours:
                 await asyncio.wait_for(self._client.shutdown_async(None), _END_S)
             self._client.exit(None)
             await self._client.stop()
+
+    async def end_daemon(self) -> None:
+        """End the daemon, and kill what has not ended by then."""
         if self._daemon is not None:
             async with self._daemon as daemon:
                 if await daemon.health() is not None:

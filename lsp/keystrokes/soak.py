@@ -2,11 +2,13 @@
 
 Three things must hold: memory stops growing, every request is answered, and whatever is shown fits the document's version
 that it is shown on. Where one does not, or memory was not measured, the exit status tells. Each editor has a language
-server of its own; when a region's trace is typed, the next one begins in the same server. Plays keys as `bench keystrokes` does; knows nothing of figures about completions.
+server of its own; when a region's trace is typed, the next one begins in the same server. Plays keys as
+`bench keystrokes` does; knows nothing of figures about completions.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import statistics
@@ -48,7 +50,7 @@ class _Typist:
         self.keys = self.asked = self.unfit = self.unanswered = self.shown = 0
         self.side: Ours | None = None
 
-    async def type_until(self, end: float, stack: AsyncExitStack) -> None:
+    async def type_until(self, end: float, daemons: AsyncExitStack, servers: AsyncExitStack) -> None:
         """Type trace after trace until `end` on the monotonic clock."""
         turn = 0
         while time.monotonic() < end:
@@ -57,7 +59,8 @@ class _Typist:
             editor = Editor(one.text, one.step)
             if self.side is None:
                 self.side = Ours(file, source_file.read(file).language)
-                stack.push_async_callback(self.side.close)
+                daemons.push_async_callback(self.side.end_daemon)
+                servers.push_async_callback(self.side.end_server)
                 await self.side.open(editor)
             else:
                 self.side.reopen(file, source_file.read(file).language, editor)
@@ -101,10 +104,11 @@ async def soak(files: Sequence[Path], editors: int, minutes: float, progress: Pr
     typists = [_Typist(files[number::editors], number) for number in range(editors)]
     samples: list[tuple[float, dict[int, int]]] = []
     with world(config.load().model.name, _NEW_TOKENS):
-        async with AsyncExitStack() as stack:
+        # All servers end before the daemon does: one that is left would start another.
+        async with AsyncExitStack() as daemons, AsyncExitStack() as servers:
             began = time.monotonic()
             end = began + minutes * 60
-            typing = asyncio.gather(*(one.type_until(end, stack) for one in typists))
+            typing = asyncio.gather(*(one.type_until(end, daemons, servers) for one in typists))
             task = progress.add_task(f"{editors} editors", total=minutes * 60)
             while not typing.done():
                 await asyncio.wait({typing}, timeout=_SAMPLE_S)
@@ -178,7 +182,8 @@ async def _memory() -> dict[int, int]:
         except psutil.NoSuchProcess:
             continue
     if health and health["pid"] not in found:
-        found[health["pid"]] = psutil.Process(health["pid"]).memory_info().rss
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended since it answered: counted as vanished
+            found[health["pid"]] = psutil.Process(health["pid"]).memory_info().rss
     return found
 
 
