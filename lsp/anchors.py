@@ -2,9 +2,11 @@
 
 The engine keeps a prompt's beginning computed up to the live text. So the anchor stays where it is for as long as
 possible: typing, new lines included, only makes the live text longer. It moves when the cursor goes above it, when the
-text above or behind changes, and when the live text has grown too long. Pure: knows documents, no engine.
+text above or behind changes, and when the live text has grown too long. The text behind begins with the rest of the
+cursor's line and ends at a place that does not depend on that line. Pure: knows documents, no engine.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agent.context import Surroundings, normal_newlines, surroundings
@@ -46,21 +48,22 @@ class Around:
 
 
 def anchored(
-    document: Document, place: Place, before: Anchor | None, around: Around, chosen: str = ""
+    document: Document, place: Place, before: Sequence[Anchor], around: Around, chosen: str = ""
 ) -> tuple[Anchor, Surroundings]:
-    """Return the anchor for a cursor, the one from before where it still holds, and the text around it.
+    """Return the anchor for a cursor, the first from before that still holds, and the text around it.
 
     Args:
         document: The document now.
         place: The cursor.
-        before: The anchor of the last request for this document.
+        before: Earlier anchors in this document; a new one is made where none of them holds.
         around: What lies beyond the document's ends.
         chosen: Text that is taken to stand before the cursor though it is not there yet.
     """
-    if before is not None and before.line <= place.line < document.n_lines:
-        kept = _cut(document, place, before.top, before.line, around, chosen)
-        if len(kept.live) <= LIVE_CHARS and (kept.head, kept.suffix) == (before.head, before.suffix):
-            return before, kept
+    for anchor in before:
+        if anchor.line <= place.line < document.n_lines:
+            kept = _cut(document, place, anchor.top, anchor.line, around, chosen)
+            if len(kept.live) <= LIVE_CHARS and (kept.head, kept.suffix) == (anchor.head, anchor.suffix):
+                return anchor, kept
     return anew(document, place, around, chosen)
 
 
@@ -76,14 +79,14 @@ def _cut(document: Document, place: Place, top: int, line: int, around: Around, 
     if top == 0:
         head = around.above[-_ABOVE_CHARS:] + head
     live = document.between(Place(line, 0), place)[-_ABOVE_CHARS:] + chosen
-    last = place.line
-    n_chars = 0
-    while last < document.n_lines and n_chars <= _BEHIND_CHARS:
+    rest = document.between(place, Place(place.line, len(document.lines[place.line])))[:_BEHIND_CHARS]
+    # Counted from the next line on: what is typed on the cursor's line would move the end of the text behind it.
+    last, n_chars = place.line + 1, 0
+    while last < document.n_lines and n_chars < _BEHIND_CHARS:
         n_chars += len(document.lines[last])
         last += 1
-    behind = document.between(place, Place(last - 1, len(document.lines[last - 1])))[:_BEHIND_CHARS]
-    if last == document.n_lines:
-        behind += around.below[:_BEHIND_CHARS]
+    below = "".join(document.lines[place.line + 1 : last]) + (around.below if last == document.n_lines else "")
+    behind = rest + below[:_BEHIND_CHARS]
     head = normal_newlines(head)
     return surroundings(head + live, behind, len(head))
 

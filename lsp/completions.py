@@ -77,6 +77,10 @@ class _Writing:
     task: asyncio.Task[None] | None = None
     grew: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def is_for(self, around: Surroundings) -> bool:
+        """Tell whether it writes at this anchor, by whatever trigger."""
+        return any(self.key == _key(around, trigger) for trigger in Trigger)
+
     def tell(self) -> None:
         """Wake whoever waits for more."""
         self.grew.set()
@@ -89,6 +93,8 @@ class _Session:
 
     cache: Cache = field(default_factory=Cache)
     anchor: Anchor | None = None
+    visited: Anchor | None = None
+    """Where the cursor came to rest last; it becomes the anchor once its prompt is read, or somebody types there."""
     writing: _Writing | None = None
     waiting: int = 0
     """Requests that wait for what is being written."""
@@ -99,6 +105,10 @@ class _Session:
     next: asyncio.TimerHandle | None = None
     """Looks ahead in a moment."""
     _closed: bool = False
+
+    def anchors(self) -> tuple[Anchor, ...]:
+        """Anchors that may still hold, the one that was typed at last first."""
+        return tuple(anchor for anchor in (self.anchor, self.visited) if anchor is not None)
 
     def close(self) -> None:
         """The document is closed: nothing new begins for it."""
@@ -159,7 +169,7 @@ class Completions:
         session = self._session(asked.document.uri)
         self._disturb(session)
         session.partial = None
-        before = session.anchor
+        before = session.anchors()
         session.anchor, around = anchors.anchored(asked.document, asked.place, before, asked.around, asked.chosen)
         key = _key(around, asked.trigger)
         self._learn(session, key, around.live)
@@ -256,11 +266,16 @@ class Completions:
     async def _read(self, session: _Session, asked: Asked, after_s: float) -> None:
         """Have the prompt of a place read into the engine's cache: a short one first where nothing of it is there."""
         await asyncio.sleep(after_s)
-        if session.writing is not None and session.writing.task is not None:
-            await asyncio.wait({session.writing.task})
+        anchor, around = anchors.anchored(asked.document, asked.place, session.anchors(), asked.around)
+        writing = session.writing
+        if writing is not None and not session.waiting and not writing.is_for(around):
+            self._give_up(session)  # the cursor has left the place
+        elif writing is not None and writing.task is not None:
+            await asyncio.wait({writing.task})
         old = session.anchor
-        anchor, around = anchors.anchored(asked.document, asked.place, old, asked.around)
         is_new = anchor is not old
+        if is_new:
+            session.visited = anchor
         if not is_new and len(around.live) > LIVE_CHARS // 2:
             anchor, around = anchors.anew(asked.document, asked.place, asked.around)
         elif not is_new and not anchor.brief:

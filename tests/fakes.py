@@ -164,12 +164,16 @@ class FakeLink:
     given_up: int = 0
     gives_way: bool = False
     """Whether what is asked in advance is broken off after its first character."""
+    read_s: float = 0.0
+    """How long a prompt takes to be read where nothing is to be written."""
 
     async def complete(self, request: CompletionRequest) -> AsyncGenerator[str | Completion, None]:
         self.requests.append(request)
         text, done = self.say(request.prefix), False
         reason = StopReason.LINE if text else StopReason.END
         try:
+            if request.max_tokens == 0:
+                await asyncio.sleep(self.read_s)
             for character in text if request.max_tokens != 0 else "":
                 await asyncio.sleep(self.character_s)
                 yield character

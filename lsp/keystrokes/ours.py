@@ -201,7 +201,8 @@ class Ours:
         self.screen.show(ghost or "")
 
     def _refresh(self, params: Any) -> None:
-        if params.textDocument.uri == self._uri and params.textDocument.version == self._version:
+        is_ours = params.textDocument.uri == self._uri and params.textDocument.version == self._version
+        if self._started and is_ours:  # one that comes while the server ends would never be answered
             self._ask()
 
     def _ghost(self, item: types.InlineCompletionItem) -> str | None:
@@ -238,6 +239,7 @@ class Ours:
         for task in tuple(self._tasks):
             task.cancel()
         if self._started:
+            self._started = False
             with contextlib.suppress(JsonRpcException, TimeoutError):
                 await asyncio.wait_for(self._client.shutdown_async(None), _END_S)
             self._client.exit(None)

@@ -174,6 +174,34 @@ async def test_a_place_where_the_cursor_rests_is_read_ahead() -> None:
     assert [(one.prefix, one.max_tokens, one.ahead) for one in link.requests] == [("value = ", 0, True)] * 2
 
 
+async def test_who_types_while_a_place_is_read_goes_on_with_that_prompt() -> None:
+    link = FakeLink(tells, read_s=1.0)
+    made = completions(link)
+    assert await shown(made, "█") != ""
+    made.rest(asked("a = 1\nvalue = x█\nb = 2\n"))
+    await asyncio.sleep(0.1)  # it is being read
+    await shown(made, "a = 1\nvalue = x\n█\nb = 2\n")
+    read = next(one for one in link.requests if one.max_tokens == 0)
+    written = [one for one in link.requests if one.max_tokens is None and not one.ahead][-1]
+    assert read.prefix == "a = 1\nvalue = x"
+    assert (written.anchor, written.suffix) == (read.anchor, read.suffix)
+
+
+async def test_what_is_written_in_advance_is_given_up_where_the_cursor_goes_elsewhere() -> None:
+    link = FakeLink(tells, character_s=0.02)
+    made = completions(link)
+    first = TEXT.partition("\n")[0]
+    assert await shown(made, "█\n\nx = 1") == first
+    await asyncio.sleep(0.02)  # the next line is being written
+    made.rest(asked("█\n\nx = 1"))
+    await asyncio.sleep(0.07)
+    assert link.given_up == 0
+    made.rest(asked("\n\nx = 1█"))
+    await asyncio.sleep(0.07)
+    assert link.given_up == 1
+    assert link.requests[-1].prefix == "\n\nx = 1"
+
+
 async def test_a_daemon_that_breaks_leaves_nothing_behind() -> None:
     from agent.errors import DaemonError
 
