@@ -38,6 +38,10 @@ class Anchor:
     snippets: tuple[Snippet, ...] = ()
     """What stands elsewhere and helps here; nothing while prompts are short."""
 
+    def is_at(self, other: "Anchor") -> bool:
+        """Tell whether both have the same text around them."""
+        return (self.head, self.suffix) == (other.head, other.suffix)
+
 
 @dataclass(frozen=True, slots=True)
 class Around:
@@ -47,9 +51,7 @@ class Around:
     below: str = ""
 
 
-def anchored(
-    document: Document, place: Place, before: Sequence[Anchor], around: Around, chosen: str = ""
-) -> tuple[Anchor, Surroundings]:
+def anchored(document: Document, place: Place, before: Sequence[Anchor], around: Around) -> tuple[Anchor, Surroundings]:
     """Return the anchor for a cursor, the first from before that still holds, and the text around it.
 
     Args:
@@ -57,36 +59,37 @@ def anchored(
         place: The cursor.
         before: Earlier anchors in this document; a new one is made where none of them holds.
         around: What lies beyond the document's ends.
-        chosen: Text that is taken to stand before the cursor though it is not there yet.
     """
     for anchor in before:
         if anchor.line <= place.line < document.n_lines:
-            kept = _cut(document, place, anchor.top, anchor.line, around, chosen)
-            if len(kept.live) <= LIVE_CHARS and (kept.head, kept.suffix) == (anchor.head, anchor.suffix):
+            kept = _cut(document, place, anchor.top, anchor.line, around)
+            # A single line may be as long as it likes: another anchor would not make the live text shorter.
+            fits = len(kept.live) <= LIVE_CHARS or anchor.line == place.line
+            if fits and (kept.head, kept.suffix) == (anchor.head, anchor.suffix):
                 return anchor, kept
-    return anew(document, place, around, chosen)
+    return anew(document, place, around)
 
 
-def anew(document: Document, place: Place, around: Around, chosen: str = "") -> tuple[Anchor, Surroundings]:
+def anew(document: Document, place: Place, around: Around) -> tuple[Anchor, Surroundings]:
     """Return an anchor at the cursor's line, and the text around it."""
     top = _top(document, place)
-    cut = _cut(document, place, top, place.line, around, chosen)
+    cut = _cut(document, place, top, place.line, around)
     return Anchor(top, place.line, cut.head, cut.suffix), cut
 
 
-def _cut(document: Document, place: Place, top: int, line: int, around: Around, chosen: str) -> Surroundings:
+def _cut(document: Document, place: Place, top: int, line: int, around: Around) -> Surroundings:
     head = "".join(document.lines[top:line])[-_ABOVE_CHARS:]
     if top == 0:
         head = around.above[-_ABOVE_CHARS:] + head
-    live = document.between(Place(line, 0), place)[-_ABOVE_CHARS:] + chosen
-    rest = document.between(place, Place(place.line, len(document.lines[place.line])))[:_BEHIND_CHARS]
+    live = document.between(Place(line, 0), place)[-_ABOVE_CHARS:]
+    rest = document.lines[place.line][place.column :]
     # Counted from the next line on: what is typed on the cursor's line would move the end of the text behind it.
     last, n_chars = place.line + 1, 0
     while last < document.n_lines and n_chars < _BEHIND_CHARS:
         n_chars += len(document.lines[last])
         last += 1
     below = "".join(document.lines[place.line + 1 : last]) + (around.below if last == document.n_lines else "")
-    behind = rest + below[:_BEHIND_CHARS]
+    behind = rest + below[:_BEHIND_CHARS] if len(rest) <= _BEHIND_CHARS else rest[:_BEHIND_CHARS]
     head = normal_newlines(head)
     return surroundings(head + live, behind, len(head))
 

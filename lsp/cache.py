@@ -81,6 +81,10 @@ class Cache:
             self._places.move_to_end(key)
         return found
 
+    def has(self, key: Key, live: str) -> bool:
+        """Tell whether there is something to show behind `live`, or soon will be."""
+        return any(entry.fits(live) and (entry.growing or entry.piece(live)) for entry in self._places.get(key, ()))
+
     def add(self, key: Key, live: str) -> Entry:
         """Return a new entry that grows behind `live`."""
         entry = Entry(live, len(live))

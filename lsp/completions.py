@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,11 @@ _AFTER_S = 0.003  # an answer takes as long to be written
 _GRACE_S = 0.3  # for the next request to come and join what the one that was cancelled waited for
 _REST_S = 0.05  # after which a cursor that moved is taken to rest
 _REANCHOR_S = 0.7  # without a key, before a longer prompt is read; who pauses for so long thinks
+_ANCHORS = 4  # of a document that are remembered: what is typed at, what was before, and where a closer came and went
+_PROMPTS = (
+    5  # that are surely computed still: one less than the engine has slots, where its settings are the usual ones
+)
+_KEPT_S = 600.0  # for so long, too: after 900 s without a request the model leaves memory
 _SESSIONS = 64  # documents whose completions are kept
 
 
@@ -50,8 +56,8 @@ class Asked:
     place: Place
     around: Around
     trigger: Trigger
-    chosen: str = ""
-    """Text that is taken to stand before the cursor though it is not there yet."""
+    is_hypothetical: bool = False
+    """Whether the document holds text before the cursor that is chosen in a list, and not there yet."""
     deleted: bool = False
     """Whether the last change took text away."""
     refreshes: bool = False
@@ -95,6 +101,10 @@ class _Session:
     anchor: Anchor | None = None
     visited: Anchor | None = None
     """Where the cursor came to rest last; it becomes the anchor once its prompt is read, or somebody types there."""
+    earlier: tuple[Anchor, ...] = ()
+    """Anchors that were typed at before, the latest first."""
+    at: tuple[int, Place] | None = None
+    """Where the cursor is, as far as it was told, and in which version of the document."""
     writing: _Writing | None = None
     waiting: int = 0
     """Requests that wait for what is being written."""
@@ -108,7 +118,20 @@ class _Session:
 
     def anchors(self) -> tuple[Anchor, ...]:
         """Anchors that may still hold, the one that was typed at last first."""
-        return tuple(anchor for anchor in (self.anchor, self.visited) if anchor is not None)
+        return tuple(anchor for anchor in (self.anchor, self.visited, *self.earlier) if anchor is not None)
+
+    def take(self, anchor: Anchor) -> None:
+        """Type at an anchor from now on."""
+        others = [one for one in (self.anchor, *self.earlier) if one is not None and not one.is_at(anchor)]
+        self.anchor, self.earlier = anchor, tuple(others[: _ANCHORS - 1])
+
+    def move_texts(self, before: Anchor | None, anchor: Anchor) -> None:
+        """Take what is known at an anchor over to one further down, if nothing else lies between them."""
+        if before is None or before.suffix != anchor.suffix or before.head == anchor.head:
+            return
+        if anchor.head.startswith(before.head):
+            above = anchor.head[len(before.head) :]
+            self.cache.move((before.head, before.suffix), (anchor.head, anchor.suffix), above)
 
     def close(self) -> None:
         """The document is closed: nothing new begins for it."""
@@ -143,6 +166,7 @@ class Completions:
         self._elsewhere = elsewhere
         self._clock = clock
         self._sessions: dict[str, _Session] = {}
+        self._computed: OrderedDict[tuple[str, str, bool], float] = OrderedDict()  # prompts, and when they were used
 
     def close(self) -> None:
         """The editor leaves: nothing is written or read any more."""
@@ -163,17 +187,25 @@ class Completions:
             self._disturb(session)
             if session.anchor is not None:
                 session.anchor = replace(session.anchor, brief=True, snippets=())
+            session.earlier = ()
 
     async def offer(self, asked: Asked) -> Offer | None:
         """Return what to show at a cursor, or None for nothing; a daemon that has no answer is told to the log."""
         session = self._session(asked.document.uri)
-        self._disturb(session)
+        self._come_to(session)
         session.partial = None
-        before = session.anchors()
-        session.anchor, around = anchors.anchored(asked.document, asked.place, before, asked.around, asked.chosen)
+        session.at = at = (asked.document.version, asked.place)
+        before = session.anchor
+        anchor, around = anchors.anchored(asked.document, asked.place, session.anchors(), asked.around)
+        session.move_texts(before, anchor)
+        if not self._is_computed(anchor):
+            anchor = replace(anchor, brief=True, snippets=())
+        session.take(anchor)
         key = _key(around, asked.trigger)
+        if session.cache.has(by_key := _key(around, Trigger.MANUAL), around.live):
+            key = by_key  # a text that was asked for by key stays for as long as what is typed fits
         self._learn(session, key, around.live)
-        entry = await self._known(session, asked, key, around)
+        entry = await self._known(session, asked, key, around, anchor)
         if entry is None:
             return None
         piece = entry.piece(around.live)
@@ -184,20 +216,26 @@ class Completions:
         session.partial = None if settled else (asked, text)
         if text:
             session.shown = Shown(key, around.live, text, self._clock())
-        if settled and not session.is_closed():
+        if settled and session.at == at and not session.is_closed():
             # Once the answer is on its way.
             self._disturb(session)
             loop = asyncio.get_running_loop()
-            session.next = loop.call_later(_AFTER_S, self._look_ahead, session, asked, key, entry, around)
+            session.next = loop.call_later(_AFTER_S, self._look_ahead, session, asked, key, entry, around, anchor)
         return Offer(text, postprocess.replaced_chars(text, around)) if text else None
 
     def rest(self, asked: Asked) -> None:
         """The cursor moved without a key: have its place read, in case somebody types there."""
         session = self._session(asked.document.uri)
-        self._disturb(session)
+        at = (asked.document.version, asked.place)
+        if session.at == at:
+            return  # it has not moved: editors tell of a cursor that went along with a key
+        self._come_to(session)
+        session.at, session.partial = at, None
         session.resting = asyncio.create_task(self._read(session, asked, _REST_S))
 
-    async def _known(self, session: _Session, asked: Asked, key: Key, around: Surroundings) -> Entry | None:
+    async def _known(
+        self, session: _Session, asked: Asked, key: Key, around: Surroundings, anchor: Anchor
+    ) -> Entry | None:
         """Return the entry with what follows the live text, once there is enough of it; None where nothing does."""
         live = around.live
         early = self._clock() + _EARLY_S if asked.refreshes else None
@@ -224,7 +262,7 @@ class Completions:
                     await asyncio.sleep(wait_s)
                     if session.is_closed():
                         break
-                self._ask(session, asked, key, around)
+                self._ask(session, asked, key, around, anchor)
             return None
         except asyncio.CancelledError:
             if session.writing is not None and not session.writing.ahead:
@@ -239,13 +277,16 @@ class Completions:
         now = self._clock()
         return max(self.rhythm.wait_s(), self.patience.wait_s(now), triggers.wait_after_deletion_s(asked.deleted))
 
-    def _ask(self, session: _Session, asked: Asked, key: Key, around: Surroundings) -> None:
+    def _ask(self, session: _Session, asked: Asked, key: Key, around: Surroundings, anchor: Anchor) -> None:
         self._give_up(session)
         entry = session.cache.add(key, around.live)
-        request = _request(asked, around, around.live, session.anchor)
+        self._uses(anchor)
+        request = _request(asked, around, around.live, anchor)
         self._write(session, _Writing(key, entry, ahead=False), request)
 
-    def _look_ahead(self, session: _Session, asked: Asked, key: Key, entry: Entry, around: Surroundings) -> None:
+    def _look_ahead(
+        self, session: _Session, asked: Asked, key: Key, entry: Entry, around: Surroundings, anchor: Anchor
+    ) -> None:
         """Have written what follows the text on screen, as if it were accepted."""
         on_screen = len(around.live) + len(entry.piece(around.live))
         nobody_types_here = triggers.is_in_the_way(around)
@@ -253,13 +294,14 @@ class Completions:
             self._move_anchor(session, asked, around)
             return
         entry.growing = True
-        request = _request(asked, around, entry.text, session.anchor, ahead=True)
+        self._uses(anchor)
+        request = _request(asked, around, entry.text, anchor, ahead=True)
         self._write(session, _Writing(key, entry, ahead=True), request)
         self._move_anchor(session, asked, around)
 
     def _move_anchor(self, session: _Session, asked: Asked, around: Surroundings) -> None:
         anchor = session.anchor
-        if anchor is not None and not asked.chosen and (anchor.brief or len(around.live) > LIVE_CHARS // 2):
+        if anchor is not None and not asked.is_hypothetical and (anchor.brief or len(around.live) > LIVE_CHARS // 2):
             self._disturb(session)
             session.resting = asyncio.create_task(self._read(session, asked, _REANCHOR_S))
 
@@ -272,25 +314,39 @@ class Completions:
             self._give_up(session)  # the cursor has left the place
         elif writing is not None and writing.task is not None:
             await asyncio.wait({writing.task})
-        old = session.anchor
-        is_new = anchor is not old
-        if is_new:
+        old, is_computed = session.anchor, self._is_computed(anchor)
+        if anchor is not old:
             session.visited = anchor
-        if not is_new and len(around.live) > LIVE_CHARS // 2:
+        if anchor is old and len(around.live) > LIVE_CHARS // 2:
             anchor, around = anchors.anew(asked.document, asked.place, asked.around)
-        elif not is_new and not anchor.brief:
+            lengths: tuple[bool, ...] = (False,)
+        elif is_computed and not anchor.brief:
             return
-        for brief in (True, False) if is_new else (False,):
-            if is_new and not brief:
+        else:
+            lengths = (False,) if is_computed and anchor is old else (True, False)
+        for brief in lengths:
+            if not brief and len(lengths) > 1:
                 await asyncio.sleep(_REANCHOR_S)
             snippets = () if brief or self._elsewhere is None else await self._elsewhere(asked)
             anchor = replace(anchor, brief=brief, snippets=snippets)
             if not await self._was_read(_request(asked, around, around.live, anchor, ahead=True, max_tokens=0)):
                 return
-            if old is not None and anchor.head.startswith(old.head) and anchor.head != old.head:
-                above = anchor.head[len(old.head) :]
-                session.cache.move((old.head, old.suffix), (anchor.head, anchor.suffix), above)
-            session.anchor = old = anchor
+            self._uses(anchor)
+            session.move_texts(old, anchor)
+            session.take(anchor)
+            old = anchor
+
+    def _uses(self, anchor: Anchor) -> None:
+        prompt = (anchor.head, anchor.suffix, anchor.brief)
+        self._computed[prompt] = self._clock()
+        self._computed.move_to_end(prompt)
+        while len(self._computed) > _PROMPTS:
+            self._computed.popitem(last=False)
+
+    def _is_computed(self, anchor: Anchor) -> bool:
+        """Tell whether an anchor's long prompt can be gone on with; reading it anew would take seconds."""
+        used = self._computed.get((anchor.head, anchor.suffix, anchor.brief))
+        return anchor.brief or (used is not None and self._clock() - used < _KEPT_S)
 
     async def _was_read(self, request: CompletionRequest) -> bool:
         try:
@@ -335,10 +391,11 @@ class Completions:
                 self._settle(session, writing, base, None)
 
     def _settle(self, session: _Session, writing: _Writing, base: int, done: Completion | None) -> None:
+        if session.writing is not writing:
+            return  # it was given up, and its entry may be written by another one already
         entry = writing.entry
         entry.growing = False
-        if session.writing is writing:
-            session.writing = None
+        session.writing = None
         if done is None or done.stop_reason is StopReason.CANCELLED:
             self._take_back(session, writing)
         else:
@@ -392,6 +449,13 @@ class Completions:
         if not writing.ahead and entry.end == entry.start:
             session.cache.drop(writing.key, entry)
 
+    def _come_to(self, session: _Session) -> None:
+        """The user is at a document: nothing is done in advance for it, nor for any other, before it is known where."""
+        for other in self._sessions.values():
+            self._disturb(other)
+            if other is not session and other.writing is not None and other.writing.ahead and not other.waiting:
+                self._give_up(other)
+
     def _disturb(self, session: _Session) -> None:
         if session.next is not None:
             session.next.cancel()
@@ -413,7 +477,7 @@ def _request(
     asked: Asked,
     around: Surroundings,
     live: str,
-    anchor: Anchor | None,
+    anchor: Anchor,
     *,
     ahead: bool = False,
     max_tokens: int | None = None,
@@ -423,11 +487,11 @@ def _request(
         document=asked.facts,
         prefix=around.head + live,
         suffix=around.closers + around.suffix if live == around.live else around.suffix,
-        snippets=anchor.snippets if anchor is not None else (),
+        snippets=anchor.snippets,
         trigger=asked.trigger,
         anchor=len(around.head),
         activity_ms=asked.activity_ms,
-        brief=anchor is None or anchor.brief,
+        brief=anchor.brief,
         ahead=ahead,
         max_tokens=max_tokens,
     )

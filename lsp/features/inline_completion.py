@@ -51,7 +51,9 @@ def register(server: LanguageServer, state: State) -> None:
         _cursor(state, params)
 
     def grown(document: Document) -> None:
-        if state.library.documents.get(document.uri) is document:
+        now = state.library.documents.get(document.uri)
+        # The same version, not the same object: an entry chosen in a list stands in a document of its own.
+        if now is not None and now.version == document.version:
             told = {"textDocument": {"uri": document.uri, "version": document.version}}
             server.protocol.notify("tabwise/refresh", told)
 
@@ -117,8 +119,14 @@ async def _answer(
     if chosen:
         # As if the entry stood in the document in place of what it replaces.
         change = Change(chosen, _position(document, start), _position(document, end))
-        asked = replace(asked, document=document.changed(document.version, [change]))
-        asked = replace(asked, place=Place(start.line, start.column + len(chosen)))
+        above, newline, last = chosen.rpartition("\n")
+        behind = (
+            Place(start.line + above.count("\n") + 1, len(last))
+            if newline
+            else Place(start.line, start.column + len(chosen))
+        )
+        as_if = document.changed(document.version, [change])
+        asked = replace(asked, document=as_if, place=behind, is_hypothetical=True)
     offer = await state.completions.offer(asked)
     if offer is None:
         return None

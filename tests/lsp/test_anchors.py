@@ -71,15 +71,27 @@ def test_closers_that_the_editor_inserted_leave_the_anchor_where_it_is() -> None
 def test_the_anchor_moves_with_jumps_changes_and_long_texts() -> None:
     text = "\n".join(f"line {number}" for number in range(200))
     document = opened(text)
-    first, _ = anchored(document, Place(100, 3), (), Around())
+    first, _ = anchored(document, Place(100, 8), (), Around())
     assert first.line == 100
     assert anchored(document, Place(90, 0), (first,), Around())[0].line == 90
     changed = document.changed(2, [Change("X", (80, 0), (80, 1))])
     assert anchored(changed, Place(100, 3), (first,), Around())[0] is not first
     changed = document.changed(2, [Change("X", (101, 0), (101, 1))])
     assert anchored(changed, Place(100, 3), (first,), Around())[0] is not first
-    grown, place = typed(document, Place(100, 3), "y" * (LIVE_CHARS + 1))
+    grown, place = typed(document, Place(100, 8), "\n" + "y" * LIVE_CHARS)
     assert anchored(grown, place, (first,), Around())[0] is not first
+
+
+def test_a_long_line_keeps_its_anchor() -> None:
+    document, place = drawn("word " * 300 + "█\nx = 1\n")
+    first, _ = anchored(document, place, (), Around())
+    document, place = typed(document, place, "more")
+    assert anchored(document, place, (first,), Around())[0] is first
+
+
+def test_nothing_is_glued_to_a_line_that_was_cut() -> None:
+    document, place = drawn("█" + "x" * 5000 + "\ny = 1\n")
+    assert "y" not in anchored(document, place, (), Around())[1].suffix
 
 
 def test_head_and_live_text_are_the_text_before_the_cursor_wherever_it_is() -> None:

@@ -24,12 +24,12 @@ def tells(prefix: str) -> str:
     return line or (newline + TEXT[len(prefix) + 1 :].partition("\n")[0])
 
 
-def asked(drawn: str, **more: Any) -> Asked:
+def asked(drawn: str, uri: str = "file:///a.py", **more: Any) -> Asked:
     before, _, behind = drawn.partition("█")
-    document = Document.opened("file:///a.py", "python", 1, before + behind, Units.UTF16)
+    document = Document.opened(uri, "python", 1, before + behind, Units.UTF16)
     lines = before.split("\n")
     place = document.place(len(lines) - 1, len(lines[-1]))
-    return Asked(document, Facts("file:///a.py", 1, "a.py", "python"), place, Around(), Trigger.AUTOMATIC, **more)
+    return Asked(document, Facts(uri, 1, "a.py", "python"), place, Around(), Trigger.AUTOMATIC, **more)
 
 
 def completions(link: FakeLink) -> Completions:
@@ -341,3 +341,79 @@ async def test_a_text_that_was_diverged_from_is_no_slow_answer() -> None:
         await asyncio.sleep(0.03)
         other.cancel()
     assert made.rhythm._usual_s() < 0.03
+
+
+async def test_a_text_that_was_asked_for_by_key_stays_while_it_is_typed() -> None:
+    link = FakeLink(tells)
+    made = completions(link)
+    by_key = replace(asked("val█"), trigger=Trigger.MANUAL)
+    assert await made.offer(by_key) is not None
+    for typed in range(4, 10):
+        line = TEXT.partition("\n")[0]
+        assert await shown(made, line[:typed] + "█") == line[typed:]
+    assert real(link) == 1
+
+
+async def test_a_cursor_that_left_meanwhile_has_nothing_written_in_advance_where_it_was() -> None:
+    link = FakeLink(tells, character_s=0.002)
+    made = completions(link)
+    waiting = asyncio.create_task(shown(made, "█\n\nx = 1"))
+    await asyncio.sleep(0.02)
+    made.rest(asked("\n\nx = 1█"))
+    await waiting
+    await asyncio.sleep(0.15)
+    assert [one.prefix for one in link.requests if one.ahead] == ["\n\nx = 1"]
+
+
+async def test_what_is_done_in_advance_for_another_document_is_left() -> None:
+    link = FakeLink(tells, character_s=0.02, read_s=5.0)
+    made = completions(link)
+    made.rest(asked("value = █"))
+    await asyncio.sleep(0.1)  # it is being read
+    made.rest(asked("other = █", "file:///b.py"))
+    await asyncio.sleep(0.1)
+    assert link.given_up == 1
+    assert [one.document.uri[-4:] for one in link.requests] == ["a.py", "b.py"]
+
+
+async def test_a_long_prompt_that_others_have_pushed_out_is_not_gone_on_with() -> None:
+    link = FakeLink(tells)
+    made = completions(link)
+    await shown(made, "v█")
+    await asyncio.sleep(1.0)
+    await shown(made, "x█")
+    assert [one.brief for one in link.requests if one.prefix == "x"] == [False]
+    for number in range(6):
+        await shown(made, f"import a{number}\ny█", uri=f"file:///{number}.py")
+    await shown(made, "z█")
+    assert [one.brief for one in link.requests if one.prefix == "z"] == [True]
+
+
+async def test_an_anchor_that_was_typed_at_before_is_found_again() -> None:
+    link = FakeLink(tells)
+    made = completions(link)
+    below = "\nb = 2\nc = █"
+    await shown(made, "v█\nb = 2\nc = ")
+    await asyncio.sleep(1.0)  # the long prompt is read
+    await shown(made, "v" + below)
+    await shown(made, "vx█\nb = 2\nc = ")
+    assert [one.brief for one in link.requests if one.prefix == "vx"] == [False]
+
+
+async def test_what_is_known_at_an_anchor_is_not_taken_over_to_another_text_behind() -> None:
+    lines = "one = 1\ntwo = 2\nthree = 3\nfour = 4\n"
+
+    def tells_lines(prefix: str) -> str:
+        assert lines.startswith(prefix)
+        return lines[len(prefix) :].partition("\n")[0] or "\n" + lines[len(prefix) + 1 :].partition("\n")[0]
+
+    made = completions(FakeLink(tells_lines))
+    first, second, third, fourth, _ = lines.split("\n")
+    await shown(made, f"{first}\n{second}\n{third[:4]}█")
+    await asyncio.sleep(0.02)  # the fourth line is written in advance
+    assert await shown(made, f"{first}\n{second}\n{third}█") == "\n" + fourth
+    made.rest(asked(f"{first}\n{second}\n{third}█\n{fourth}"))
+    await asyncio.sleep(1.0)
+    text = await shown(made, f"{first}\n{second}\n{third}█\n{fourth}", deleted=True)
+    assert text == "\n" + fourth  # the fake's word, asked for anew
+    assert [one.suffix for one in made._link.requests if not one.ahead][-1] == "\n" + fourth  # type: ignore[attr-defined]

@@ -68,6 +68,20 @@ async def test_an_entry_that_is_selected_in_the_editors_list_is_continued(
     assert item["range"] == chosen["range"]
 
 
+async def test_a_selected_entry_of_several_lines_is_continued_behind_its_last_one(
+    fake_daemon: StartDaemon, server: Start
+) -> None:
+    fake_daemon()
+    rpc = await server()
+    await rpc.initialize()
+    rpc.open(URI, "de\n")
+    spot = {"start": {"line": 0, "character": 0}, "end": {"line": 0, "character": 2}}
+    chosen = {"range": spot, "text": "def add(a, b):\n    retur"}
+    (item,) = await rpc.inline(URI, 0, 2, selectedCompletionInfo=chosen)
+    assert item["insertText"] == "def add(a, b):\n    return a + b"
+    assert item["range"] == spot
+
+
 async def test_line_ends_are_the_documents(fake_daemon: StartDaemon, server: Start) -> None:
     fake_daemon()
     rpc = await server()
