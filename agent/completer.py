@@ -350,7 +350,9 @@ async def _prompt(
         path=request.document.path,
         snippets=snippets,
     )
-    live = await loaded.engine.tokenize(around.live)
+    # Only the cursor's line changes with each key; no token reaches over an end of line.
+    above = around.live.rfind("\n") + 1
+    live = [*await loaded.tokens(around.live[:above]), *await loaded.engine.tokenize(around.live[above:])]
     if len(live) > room // 8:
         raise EngineError(
             f"the cursor's line has {len(live)} tokens before the cursor, {room // 8} fit; raise engine.context_tokens"
