@@ -47,6 +47,10 @@ class Arbiter:
         """Return the prompt for a chat."""
         return await self._engine.chat_ids(chat)
 
+    def held(self, prompt_ids: tuple[int, ...]) -> int:
+        """Return how many tokens of a prompt are computed already; needs no turn."""
+        return self._engine.held(prompt_ids)
+
     async def attach(self, adapters: Sequence[str]) -> None:
         """Load adapters, when it is nobody's turn."""
         async with self._turn:

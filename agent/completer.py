@@ -74,6 +74,8 @@ class _Trace:
     cached_tokens: int | None = None
     decoded_tokens: int = 0
     ended: bool = False
+    brief: bool = False
+    """Whether the prompt is a short one."""
     healed: bool = False
     """Whether the model has written again what was taken back."""
     gave_way: bool = False
@@ -143,7 +145,7 @@ async def complete(
     around = context.surroundings(request.prefix, request.suffix, request.anchor)
     multiline = _wants_block(request, around) if request.multiline is None else request.multiline
     rules = stopping.rules_for(around, multiline=multiline, max_lines=settings.block_lines)
-    trace = _Trace()
+    trace = _Trace(brief=request.brief)
     text, told, first_text_ms = "", "", None
     stop: stopping.Stop | None = None
     budget = _budget(loaded, request, settings, multiline=multiline)
@@ -178,6 +180,7 @@ async def complete(
         dropped_by or hidden_by,
         settled,
         _beyond(text, whole, settled),
+        trace.brief,
     )
     yield Completed(completion, _facts(loaded, request.id, trace))
 
@@ -239,6 +242,11 @@ async def _write(
     if layout is Layout.ORDINARY:
         around = replace(around, head=around.head + around.live, live="")
     prompt_ids, live = await _prompt(loaded, around, request, settings, budget)
+    unread = len(prompt_ids) - loaded.engine.held(prompt_ids)
+    if request.impatient and not request.brief and unread > len(prompt_ids) // _BRIEF:
+        # It was pushed out by other places or other editors, or the model was away: a short one is read sooner.
+        trace.brief = True
+        prompt_ids, live = await _prompt(loaded, around, replace(request, brief=True, snippets=()), settings, budget)
     if not budget:
         trace.begin((*prompt_ids, *(token.id for token in live)))
         await _read(loaded, request, trace)

@@ -84,6 +84,8 @@ class CompletionRequest:
     """Allowance of new tokens; the configured one if None. With 0 the prompt is only read into the cache."""
     brief: bool = False
     """Whether a short prompt will do: at a place that is new, reading a long one would take seconds."""
+    impatient: bool = False
+    """Whether a short prompt will do if most of the long one would have to be read first."""
     ahead: bool = False
     """Whether it is asked in advance, while nobody waits for it: it gives way to whatever else is asked."""
 
@@ -119,6 +121,8 @@ class Completion:
     """The text before the filters that depend on the moment of showing: what a cache keeps."""
     beyond: str = ""
     """Whole lines that the engine wrote behind the end of `settled` before it was stopped."""
+    brief: bool = False
+    """Whether it was written from a short prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import asyncio
 import logging
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -40,10 +39,6 @@ _GRACE_S = 0.3  # for the next request to come and join what the one that was ca
 _REST_S = 0.05  # after which a cursor that moved is taken to rest
 _REANCHOR_S = 0.7  # without a key, before a longer prompt is read; who pauses for so long thinks
 _ANCHORS = 4  # of a document that are remembered: what is typed at, what was before, and where a closer came and went
-_PROMPTS = (
-    5  # that are surely computed still: one less than the engine has slots, where its settings are the usual ones
-)
-_KEPT_S = 600.0  # for so long, too: after 900 s without a request the model leaves memory
 _SESSIONS = 64  # documents whose completions are kept
 
 
@@ -79,6 +74,7 @@ class _Writing:
 
     key: Key
     entry: Entry
+    anchor: Anchor
     ahead: bool
     task: asyncio.Task[None] | None = None
     grew: asyncio.Event = field(default_factory=asyncio.Event)
@@ -125,6 +121,11 @@ class _Session:
         others = [one for one in (self.anchor, *self.earlier) if one is not None and not one.is_at(anchor)]
         self.anchor, self.earlier = anchor, tuple(others[: _ANCHORS - 1])
 
+    def was_brief(self, anchor: Anchor, *, brief: bool) -> None:
+        """Take note of how long a prompt was; the engine may have lost the long one."""
+        if brief and self.anchor is not None and self.anchor.is_at(anchor):
+            self.anchor = replace(self.anchor, brief=True, snippets=())
+
     def move_texts(self, before: Anchor | None, anchor: Anchor) -> None:
         """Take what is known at an anchor over to one further down, if nothing else lies between them."""
         if before is None or before.suffix != anchor.suffix or before.head == anchor.head:
@@ -166,7 +167,6 @@ class Completions:
         self._elsewhere = elsewhere
         self._clock = clock
         self._sessions: dict[str, _Session] = {}
-        self._computed: OrderedDict[tuple[str, str, bool], float] = OrderedDict()  # prompts, and when they were used
 
     def close(self) -> None:
         """The editor leaves: nothing is written or read any more."""
@@ -198,8 +198,6 @@ class Completions:
         before = session.anchor
         anchor, around = anchors.anchored(asked.document, asked.place, session.anchors(), asked.around)
         session.move_texts(before, anchor)
-        if not self._is_computed(anchor):
-            anchor = replace(anchor, brief=True, snippets=())
         session.take(anchor)
         key = _key(around, asked.trigger)
         if session.cache.has(by_key := _key(around, Trigger.MANUAL), around.live):
@@ -220,7 +218,7 @@ class Completions:
             # Once the answer is on its way.
             self._disturb(session)
             loop = asyncio.get_running_loop()
-            session.next = loop.call_later(_AFTER_S, self._look_ahead, session, asked, key, entry, around, anchor)
+            session.next = loop.call_later(_AFTER_S, self._look_ahead, session, asked, key, entry, around)
         return Offer(text, postprocess.replaced_chars(text, around)) if text else None
 
     def rest(self, asked: Asked) -> None:
@@ -280,23 +278,20 @@ class Completions:
     def _ask(self, session: _Session, asked: Asked, key: Key, around: Surroundings, anchor: Anchor) -> None:
         self._give_up(session)
         entry = session.cache.add(key, around.live)
-        self._uses(anchor)
         request = _request(asked, around, around.live, anchor)
-        self._write(session, _Writing(key, entry, ahead=False), request)
+        self._write(session, _Writing(key, entry, anchor, ahead=False), request)
 
-    def _look_ahead(
-        self, session: _Session, asked: Asked, key: Key, entry: Entry, around: Surroundings, anchor: Anchor
-    ) -> None:
+    def _look_ahead(self, session: _Session, asked: Asked, key: Key, entry: Entry, around: Surroundings) -> None:
         """Have written what follows the text on screen, as if it were accepted."""
         on_screen = len(around.live) + len(entry.piece(around.live))
         nobody_types_here = triggers.is_in_the_way(around)
-        if session.writing is not None or entry.ended or on_screen < len(entry.text) or nobody_types_here:
+        anchor, done = session.anchor, entry.ended or on_screen < len(entry.text)
+        if anchor is None or session.writing is not None or done or nobody_types_here:
             self._move_anchor(session, asked, around)
             return
         entry.growing = True
-        self._uses(anchor)
         request = _request(asked, around, entry.text, anchor, ahead=True)
-        self._write(session, _Writing(key, entry, ahead=True), request)
+        self._write(session, _Writing(key, entry, anchor, ahead=True), request)
         self._move_anchor(session, asked, around)
 
     def _move_anchor(self, session: _Session, asked: Asked, around: Surroundings) -> None:
@@ -314,39 +309,28 @@ class Completions:
             self._give_up(session)  # the cursor has left the place
         elif writing is not None and writing.task is not None:
             await asyncio.wait({writing.task})
-        old, is_computed = session.anchor, self._is_computed(anchor)
+        old = session.anchor
         if anchor is not old:
             session.visited = anchor
         if anchor is old and len(around.live) > LIVE_CHARS // 2:
             anchor, around = anchors.anew(asked.document, asked.place, asked.around)
             lengths: tuple[bool, ...] = (False,)
-        elif is_computed and not anchor.brief:
+        elif anchor is old and not anchor.brief:
             return
         else:
-            lengths = (False,) if is_computed and anchor is old else (True, False)
+            lengths = (True, False) if anchor is not old and anchor.brief else (False,)
         for brief in lengths:
             if not brief and len(lengths) > 1:
                 await asyncio.sleep(_REANCHOR_S)
-            snippets = () if brief or self._elsewhere is None else await self._elsewhere(asked)
+            snippets = anchor.snippets  # of a long prompt that was read before
+            if anchor.brief:
+                snippets = () if brief or self._elsewhere is None else await self._elsewhere(asked)
             anchor = replace(anchor, brief=brief, snippets=snippets)
             if not await self._was_read(_request(asked, around, around.live, anchor, ahead=True, max_tokens=0)):
                 return
-            self._uses(anchor)
             session.move_texts(old, anchor)
             session.take(anchor)
             old = anchor
-
-    def _uses(self, anchor: Anchor) -> None:
-        prompt = (anchor.head, anchor.suffix, anchor.brief)
-        self._computed[prompt] = self._clock()
-        self._computed.move_to_end(prompt)
-        while len(self._computed) > _PROMPTS:
-            self._computed.popitem(last=False)
-
-    def _is_computed(self, anchor: Anchor) -> bool:
-        """Tell whether an anchor's long prompt can be gone on with; reading it anew would take seconds."""
-        used = self._computed.get((anchor.head, anchor.suffix, anchor.brief))
-        return anchor.brief or (used is not None and self._clock() - used < _KEPT_S)
 
     async def _was_read(self, request: CompletionRequest) -> bool:
         try:
@@ -399,6 +383,7 @@ class Completions:
         if done is None or done.stop_reason is StopReason.CANCELLED:
             self._take_back(session, writing)
         else:
+            session.was_brief(writing.anchor, brief=done.brief)
             entry.settle(base, done.settled, done.beyond)
             entry.ended = not done.settled or done.stop_reason in _NOTHING_FOLLOWS
         writing.tell()
@@ -492,6 +477,7 @@ def _request(
         anchor=len(around.head),
         activity_ms=asked.activity_ms,
         brief=anchor.brief,
+        impatient=max_tokens is None,
         ahead=ahead,
         max_tokens=max_tokens,
     )

@@ -69,6 +69,8 @@ class FakeEngine:
     on_gpu: bool = False
     alternatives: dict[str, str] = field(default_factory=dict)
     """For a character that would be said: the characters that are offered besides it."""
+    holds: bool = True
+    """Whether it claims to have computed every prompt already."""
     requests: list[GenerationRequest] = field(default_factory=list)
     cancelled: int = 0
     open_streams: int = 0
@@ -84,6 +86,9 @@ class FakeEngine:
     async def chat_ids(self, chat: Chat) -> tuple[int, ...]:
         text = "".join(f"<|{turn.role}|>{turn.content}\n" for turn in chat.messages) + chat.opening
         return tuple(token.id for token in encode(text))
+
+    def held(self, prompt_ids: tuple[int, ...]) -> int:
+        return len(prompt_ids) if self.holds else 0
 
     async def attach(self, adapters: Sequence[str]) -> None:
         del adapters
@@ -164,6 +169,8 @@ class FakeLink:
     given_up: int = 0
     gives_way: bool = False
     """Whether what is asked in advance is broken off after its first character."""
+    forgets: bool = False
+    """Whether the daemon has lost long prompts and answers from short ones."""
     read_s: float = 0.0
     """How long a prompt takes to be read where nothing is to be written."""
 
@@ -183,6 +190,7 @@ class FakeLink:
             await asyncio.sleep(0)
             done = True
             timing = Timing(0, None, 0, 0, 0)
-            yield Completion(request.id, text, Source.ENGINE, reason, timing, settled=text)
+            brief = request.brief or (self.forgets and request.impatient)
+            yield Completion(request.id, text, Source.ENGINE, reason, timing, settled=text, brief=brief)
         finally:
             self.given_up += not done

@@ -118,6 +118,9 @@ class Engine(Protocol):
     async def chat_ids(self, chat: Chat) -> tuple[int, ...]:
         """Return the prompt for a chat, in the model's own template; contents never become special tokens."""
 
+    def held(self, prompt_ids: tuple[int, ...]) -> int:
+        """Return how many tokens at the beginning of a completion's prompt are computed already, as far as is known."""
+
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Continue a prompt.
 

@@ -126,6 +126,10 @@ class LlamaCppEngine:
         ids += [token.id for token in await self.tokenize(chat.opening)]
         return tuple(ids)
 
+    def held(self, prompt_ids: tuple[int, ...]) -> int:
+        """Return how many tokens of a completion's prompt are computed already."""
+        return self._slots.held(prompt_ids)
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Continue a prompt."""
         if request.adapter is not None:

@@ -38,6 +38,11 @@ class Slots:
         self._used[best] = self._requests
         return best, held
 
+    def held(self, prompt_ids: tuple[int, ...]) -> int:
+        """Return how many of a prompt's tokens are computed in the slot that has most of them."""
+        kept = zip(self._held, self._read, strict=True)
+        return max(min(common(held, prompt_ids), read) for held, read in kept)
+
     def read(self, slot: int, count: int) -> None:
         """Take note that so much of a slot's prompt is computed."""
         self._read[slot] = count

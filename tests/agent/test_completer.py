@@ -275,6 +275,20 @@ async def test_a_short_prompt_is_a_third_of_a_long_one() -> None:
     assert short < long / 2
 
 
+async def test_who_is_impatient_gets_a_short_prompt_where_the_long_one_is_not_computed() -> None:
+    above = "".join(f"line {number}\n" for number in range(500))
+    drawn = f"{above}█\n{above}"
+    sizes = {}
+    for holds in (True, False):
+        for impatient in (True, False):
+            engine = FakeEngine(say=lambda _: "1\n", holds=holds)
+            _, done = await run(engine, drawn, impatient=impatient)
+            sizes[holds, impatient] = len(engine.requests[-1].prompt_ids)
+            assert done.completion.brief is (impatient and not holds)
+    assert sizes[False, True] < sizes[True, True] / 2
+    assert sizes[True, True] == sizes[True, False] == sizes[False, False]
+
+
 async def test_a_finished_line_is_followed_by_the_next() -> None:
     engine = FakeEngine(say=lambda prompt: "1\ny = 2\nz = 3\n" if prompt.endswith("x = ") else "\ny = 2\nz = 3\n")
     _, done = await run(engine, "x = 1█\n")

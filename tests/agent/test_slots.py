@@ -40,6 +40,16 @@ def test_a_prompt_that_was_read_in_part_is_gone_on_with_in_its_slot() -> None:
     assert slots.choose((*long, 11), ahead=False) == (slot, 6)
 
 
+def test_what_is_held_of_a_prompt() -> None:
+    slots = Slots(2)
+    assert slots.held((1, 2)) == 0
+    slot, _ = slots.choose((1, 2, 3, 4), ahead=False)
+    assert slots.held((1, 2, 3)) == 0  # nothing of it is computed yet
+    slots.read(slot, 3)
+    assert slots.held((1, 2, 3, 4, 5)) == 3
+    assert slots.held((1, 9)) == 1
+
+
 def test_common() -> None:
     assert common((), (1,)) == 0
     assert common((1, 2, 3), (1, 2)) == 2

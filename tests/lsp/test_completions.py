@@ -376,17 +376,18 @@ async def test_what_is_done_in_advance_for_another_document_is_left() -> None:
     assert [one.document.uri[-4:] for one in link.requests] == ["a.py", "b.py"]
 
 
-async def test_a_long_prompt_that_others_have_pushed_out_is_not_gone_on_with() -> None:
+async def test_a_long_prompt_that_the_engine_has_lost_is_read_again_in_the_next_pause() -> None:
     link = FakeLink(tells)
     made = completions(link)
     await shown(made, "v█")
     await asyncio.sleep(1.0)
+    link.forgets = True
     await shown(made, "x█")
-    assert [one.brief for one in link.requests if one.prefix == "x"] == [False]
-    for number in range(6):
-        await shown(made, f"import a{number}\ny█", uri=f"file:///{number}.py")
     await shown(made, "z█")
-    assert [one.brief for one in link.requests if one.prefix == "z"] == [True]
+    asked_for = [(one.prefix, one.brief) for one in link.requests if not one.ahead]
+    assert asked_for == [("v", True), ("x", False), ("z", True)]
+    await asyncio.sleep(1.0)
+    assert (link.requests[-1].max_tokens, link.requests[-1].brief) == (0, False)
 
 
 async def test_an_anchor_that_was_typed_at_before_is_found_again() -> None:
