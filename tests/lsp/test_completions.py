@@ -1,6 +1,7 @@
 """Which keystrokes reach the engine, and what each gets to see."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +33,20 @@ def asked(drawn: str, uri: str = "file:///a.py", **more: Any) -> Asked:
     return Asked(document, Facts(uri, 1, "a.py", "python"), place, Around(), Trigger.AUTOMATIC, **more)
 
 
-def completions(link: FakeLink) -> Completions:
-    return Completions(link)  # type: ignore[arg-type]
+_MADE: list[Completions] = []
+
+
+def completions(link: FakeLink, **more: Any) -> Completions:
+    _MADE.append(Completions(link, **more))  # type: ignore[arg-type]
+    return _MADE[-1]
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_goes_on_behind_a_test() -> AsyncIterator[None]:
+    """What would be begun in advance while the loop closes could not be cancelled any more."""
+    yield
+    while _MADE:
+        _MADE.pop().close()
 
 
 async def shown(made: Completions, drawn: str, **more: Any) -> str:
@@ -148,7 +161,7 @@ async def test_asking_by_key_asks_even_in_the_way_and_after_rejections() -> None
 async def test_what_was_rejected_is_not_shown_again() -> None:
     now = 0.0
     link = FakeLink(tells)
-    made = Completions(link, clock=lambda: now)  # type: ignore[arg-type]
+    made = completions(link, clock=lambda: now)
     assert await shown(made, "█") != ""
     now += 2
     await shown(made, "X█")
@@ -281,7 +294,7 @@ async def test_what_stands_elsewhere_is_asked_for_when_a_long_prompt_is_read_and
         looked.append(place)
         return near
 
-    made = Completions(link, elsewhere=elsewhere)  # type: ignore[arg-type]
+    made = completions(link, elsewhere=elsewhere)
     assert await shown(made, "v█") == "alue = compute(first, second)"
     assert not looked
     await asyncio.sleep(1.0)
@@ -320,7 +333,7 @@ async def test_what_may_stand_in_prompts_is_looked_up_again() -> None:
     async def elsewhere(place: Asked) -> tuple[Snippet, ...]:
         return chosen.pop(0)
 
-    made = Completions(link, elsewhere=elsewhere)  # type: ignore[arg-type]
+    made = completions(link, elsewhere=elsewhere)
     await shown(made, "v█")
     await asyncio.sleep(1.0)
     made.look_again()
