@@ -358,7 +358,8 @@ async def _prompt(
         path=request.document.path,
         snippets=snippets,
     )
-    # Only the cursor's line changes with each key; no token reaches over an end of line.
+    # Only the cursor's line changes with each key. Qwen's tokens end with a line; where another vocabulary's reach over
+    # its end, the split yields other tokens of the same text.
     above = around.live.rfind("\n") + 1
     live = [*await loaded.tokens(around.live[:above]), *await loaded.engine.tokenize(around.live[above:])]
     if len(live) > room // 8:
