@@ -8,6 +8,9 @@ from collections.abc import Sequence
 _SAME_PLACE = 0.75
 """Share of a prompt that a slot must hold to be taken for work in advance. Typing on holds all of it but a token or two;
 another anchor in the same document holds no more than the text above, about two thirds."""
+_SAME_DOCUMENT = 0.25
+"""The same for requests that somebody waits for. What prompts of two documents have in common is how they begin, a licence
+at most: taking a slot for that would lose more than it spares."""
 
 
 class Slots:
@@ -31,7 +34,7 @@ class Slots:
         shared = [common(held, prompt_ids) for held in self._held]
         slots = range(len(self._held))
         best = max(slots, key=lambda slot: (shared[slot], -self._used[slot]))
-        if ahead and shared[best] < _SAME_PLACE * len(prompt_ids):
+        if shared[best] < (_SAME_PLACE if ahead else _SAME_DOCUMENT) * len(prompt_ids):
             best = min(slots, key=lambda slot: self._used[slot])
         held = min(shared[best], self._read[best])
         self._held[best], self._read[best] = prompt_ids, held

@@ -19,6 +19,15 @@ def test_another_place_takes_the_slot_that_was_used_longest_ago() -> None:
     assert slots.choose((3, 3, 3), ahead=False)[0] == other
 
 
+def test_documents_do_not_share_a_slot_for_the_token_with_which_all_prompts_begin() -> None:
+    slots = Slots(4)
+    prompts = [(0, 0, *[document] * 10) for document in range(1, 5)]
+    for prompt in prompts:
+        slot, _ = slots.choose(prompt, ahead=False)
+        slots.read(slot, len(prompt))
+    assert [slots.choose((*prompt, 7), ahead=False)[1] for prompt in prompts] == [12] * 4
+
+
 def test_work_in_advance_leaves_the_prompt_in_use_alone() -> None:
     slots = Slots(2)
     used, _ = slots.choose((1, 2, 3, 4, 5, 6), ahead=False)
