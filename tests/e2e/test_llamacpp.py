@@ -164,6 +164,18 @@ async def test_the_two_tasks_keep_caches_of_their_own(engine: LlamaCppEngine) ->
     assert finished.cached_tokens >= len(first) - 1
 
 
+async def test_documents_that_are_typed_at_in_turn_keep_their_prompts(engine: LlamaCppEngine) -> None:
+    prompts = [
+        await ids_of(engine, "<|fim_prefix|>" + f"# file {name}\n" * 8) for name in ("one", "two", "three", "four")
+    ]
+    for prompt in prompts:
+        await run(engine, GenerationRequest(prompt, 1))
+    for prompt in prompts:
+        _, finished = await run(engine, GenerationRequest((*prompt, 750), 1))
+        assert finished.cached_tokens >= len(prompt) - 1
+        assert finished.prefill_tokens <= 2
+
+
 async def test_too_long_a_prompt_is_refused(engine: LlamaCppEngine) -> None:
     with pytest.raises(PromptTooLongError, match=r"engine\.context_tokens"):
         await run(engine, GenerationRequest(tuple([750] * 5000), 10))

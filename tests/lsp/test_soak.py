@@ -22,15 +22,17 @@ def test_processes_that_came_or_went_are_left_out() -> None:
     assert (gone["memory_growth"], gone["vanished"]) == (None, 2)
 
 
-GOOD = {"minutes": 30.0, "memory_growth": 0.04, "unanswered": 0, "unfit": 0, "vanished": 0}
+GOOD = {"minutes": 30.0, "keys": 1000, "shown": 100, "memory_growth": 0.04, "unanswered": 0, "unfit": 0, "vanished": 0}
 
 
-@pytest.mark.parametrize("bad", [{"memory_growth": 0.06}, {"unanswered": 1}, {"unfit": 1}, {"vanished": 1}])
+@pytest.mark.parametrize(
+    "bad", [{"memory_growth": 0.06}, {"shown": 99}, {"unanswered": 1}, {"unfit": 1}, {"vanished": 1}]
+)
 def test_what_must_hold(bad: dict[str, float]) -> None:
     assert holds(GOOD)
     assert not holds(GOOD | bad)
     assert not holds({**GOOD, "memory_growth": None})  # not measured is not held
-    assert holds({**GOOD, "minutes": 0.5, "memory_growth": 0.5})
+    assert holds({**GOOD, "minutes": 0.5, "memory_growth": 0.5, "shown": 0})
 
 
 @pytest.mark.parametrize(
