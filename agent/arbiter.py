@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
-from agent.engines.base import Decoded, Engine, Event, Finished, GenerationRequest, Prefilled, Task, Token
+from agent.engines.base import Adapter, Decoded, Engine, Event, Finished, GenerationRequest, Prefilled, Task, Token
 from agent.racing import until
 from agent.types import Chat
 
@@ -51,8 +51,8 @@ class Arbiter:
         """Return how many tokens of a prompt are computed already; needs no turn."""
         return self._engine.held(prompt_ids)
 
-    async def attach(self, adapters: Sequence[str]) -> None:
-        """Load adapters, when it is nobody's turn."""
+    async def attach(self, adapters: Sequence[Adapter]) -> None:
+        """Serve these adapters and no others, from when it is nobody's turn."""
         async with self._turn:
             await self._engine.attach(adapters)
 

@@ -10,7 +10,9 @@ TabwiseError
 │   ├── ModelSetAsideError the model killed the daemon too often
 │   └── PullError          a download failed: network, disk space
 ├── EngineError            the engine refused a request or broke
-│   └── PromptTooLongError the prompt does not fit the context
+│   ├── PromptTooLongError the prompt does not fit the context
+│   ├── MemoryFullError    the device has no memory left for it
+│   └── AdapterError       an adapter is damaged, or was made for another model
 ├── DaemonError            the daemon cannot be reached, started or bound
 │   ├── DaemonGoneError    nobody listens: it is not running
 │   └── DaemonBusyError    a daemon of another version is still at work
@@ -83,6 +85,18 @@ class PromptTooLongError(EngineError):
     """The prompt does not fit into the model's context."""
 
     code = "prompt_too_long"
+
+
+class MemoryFullError(EngineError):
+    """The device has no memory left for what was asked."""
+
+    code = "memory_full"
+
+
+class AdapterError(EngineError):
+    """An adapter is damaged, or was made for another model."""
+
+    code = "adapter"
 
 
 class DaemonError(TabwiseError):

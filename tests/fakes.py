@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from agent.catalog import LocalModel
-from agent.engines.base import Alternative, Decoded, Engine, Event, Finished, GenerationRequest, Prefilled, Token
+from agent.engines.base import Adapter, Alternative, Decoded, Engine, Event, Finished, GenerationRequest, Prefilled, Token
 from agent.errors import PromptTooLongError
 from agent.types import Chat, Completion, CompletionRequest, Source, StopReason, Timing
 
@@ -90,7 +90,7 @@ class FakeEngine:
     def held(self, prompt_ids: tuple[int, ...]) -> int:
         return len(prompt_ids) if self.holds else 0
 
-    async def attach(self, adapters: Sequence[str]) -> None:
+    async def attach(self, adapters: Sequence[Adapter]) -> None:
         del adapters
 
     async def close(self) -> None:

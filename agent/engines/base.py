@@ -8,6 +8,7 @@ Callers wrap streams in `contextlib.aclosing`, so that leaving the loop closes t
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
 from agent.types import Chat
@@ -18,6 +19,16 @@ class Task(StrEnum):
 
     COMPLETION = "completion"
     EXPLANATION = "explanation"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter on disk that was found to belong to the loaded model."""
+
+    name: str
+    """Unlike any other's: it ends with a hash of the weights."""
+    folder: Path
+    """As PEFT saves one: adapter_config.json and adapter_model.safetensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +45,7 @@ class GenerationRequest:
     alternatives: int = 0
     """How many of the likeliest tokens to report with each one."""
     adapter: str | None = None
-    """Name of a loaded adapter; None for the bare model."""
+    """Name of an attached adapter; None for the bare model."""
     ahead: bool = False
     """Nobody waits for it: it is broken off as soon as anything else is asked, and displaces no prompt in use."""
     cached: bool = True
@@ -132,8 +143,14 @@ class Engine(Protocol):
             EngineError: The engine broke or refused.
         """
 
-    async def attach(self, adapters: Sequence[str]) -> None:
-        """Load LoRA adapters by path, in place of those that are loaded."""
+    async def attach(self, adapters: Sequence[Adapter]) -> None:
+        """Serve these adapters, each to the requests that name it, in place of those that were attached before.
+
+        Called between two streams. All or nothing: where one is refused, those from before stay.
+
+        Raises:
+            AdapterError: One of them is damaged, or was made for another model; the message names it.
+        """
 
     async def close(self) -> None:
         """Free the model's memory. Streams still open end with an error."""

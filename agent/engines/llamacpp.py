@@ -28,7 +28,7 @@ import psutil
 import xllamacpp
 
 from agent.config import EngineSettings
-from agent.engines.base import Alternative, Decoded, Event, Finished, GenerationRequest, Prefilled, Task, Token
+from agent.engines.base import Adapter, Alternative, Decoded, Event, Finished, GenerationRequest, Prefilled, Task, Token
 from agent.engines.slots import Slots
 from agent.errors import EngineError, ModelCorruptError, PromptTooLongError
 from agent.types import Chat, Message
@@ -233,7 +233,7 @@ class LlamaCppEngine:
         )
         return Decoded(data["content"], ids, logps, alternatives, exact)
 
-    async def attach(self, adapters: Sequence[str]) -> None:
+    async def attach(self, adapters: Sequence[Adapter]) -> None:
         """Adapters are loaded with the model in llama.cpp; there is nothing to attach yet."""
         if adapters:
             raise EngineError("this version serves the bare model only; remove the adapter from the settings")
