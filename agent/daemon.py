@@ -26,7 +26,7 @@ from agent.config import Settings
 from agent.engine_host import EngineHost, HostState
 from agent.errors import RequestError, TabwiseError
 from agent.http_io import OpenRequests
-from agent.types import CompletionRequest, Explanation, ExplanationRequest, Generation
+from agent.types import Completion, CompletionRequest, Explanation, ExplanationRequest, Generation
 from agent.version import __version__
 
 log = logging.getLogger(__name__)
@@ -93,11 +93,11 @@ class Daemon:
 def create_app(daemon: Daemon) -> Starlette:
     """Return the application."""
     own = [
+        Route("/tabwise/complete", _route(daemon, _complete), methods=["POST"]),  # first, since each key asks for it
         Route("/healthz", _route(daemon, _healthz)),
         Route("/status", _route(daemon, _status)),
         Route("/shutdown", _route(daemon, _shutdown), methods=["POST"]),
         Route("/tabwise/warm", _route(daemon, _warm), methods=["POST"]),
-        Route("/tabwise/complete", _route(daemon, _complete), methods=["POST"]),
         Route("/tabwise/explain", _route(daemon, _explain), methods=["POST"]),
         Route("/tabwise/generations/{completion_id}", _route(daemon, _generation)),
     ]
@@ -174,18 +174,10 @@ async def _complete(daemon: Daemon, request: Request) -> Response:
                     daemon.served["completions"] += 1
                     if part.generation:
                         daemon.remember(part.generation)
-                    timing = part.completion.timing
-                    log.info(
-                        "completion %s: %d chars, %s, %.0f ms, prefill %d, cached %d, decoded %d",
-                        asked.id,
-                        len(part.completion.text),
-                        part.completion.stop_reason,
-                        timing.total_ms,
-                        timing.prefill_tokens,
-                        timing.cached_tokens,
-                        timing.decoded_tokens,
-                    )
-                    yield wire.line(completion=part.completion)
+                    try:
+                        yield http_io.Last(wire.line(completion=part.completion))
+                    finally:  # behind it, since somebody waits: a line of the log takes a tenth of a millisecond
+                        _log_completion(asked.id, part.completion)
                 else:
                     held += part
                     if time.monotonic() - sent >= _PART_S:
@@ -193,6 +185,20 @@ async def _complete(daemon: Daemon, request: Request) -> Response:
                         held, sent = "", time.monotonic()
 
     return http_io.lines(daemon.open_requests, parts())
+
+
+def _log_completion(request_id: str, completion: Completion) -> None:
+    timing = completion.timing
+    log.info(
+        "completion %s: %d chars, %s, %.0f ms, prefill %d, cached %d, decoded %d",
+        request_id,
+        len(completion.text),
+        completion.stop_reason,
+        timing.total_ms,
+        timing.prefill_tokens,
+        timing.cached_tokens,
+        timing.decoded_tokens,
+    )
 
 
 async def _explain(daemon: Daemon, request: Request) -> Response:

@@ -5,7 +5,7 @@ Knows connections and errors, not what is asked or answered.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager
 from http import HTTPStatus
 
@@ -59,6 +59,13 @@ async def body_of(request: Request) -> bytes:
     return b"".join(parts)
 
 
+class Last(bytes):
+    """The last part of a stream: it is sent together with the stream's end, and what comes behind it is clean-up.
+
+    Each sending wakes the client: without this it would wake once more than there is something to read.
+    """
+
+
 class Streamed(Response):
     """A response that sends parts as they come, and closes their source when the client goes away.
 
@@ -74,24 +81,28 @@ class Streamed(Response):
         self.init_headers()
         self._parts = parts
         self._open_requests = open_requests
+        self._sent_all = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer as an ASGI application; the request's body must have been read."""
         del scope
         with self._open_requests:
-            async with while_connected(receive):
+            async with while_connected(receive, lambda: self._sent_all):
                 await self._send(send)
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self._parts) as parts:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for part in parts:
+                self._sent_all = isinstance(part, Last)
                 # A client that does not read must not hold the engine's turn.
                 try:
                     async with asyncio.timeout(_SEND_S):
-                        await send({"type": "http.response.body", "body": part, "more_body": True})
+                        await send({"type": "http.response.body", "body": part, "more_body": not self._sent_all})
                 except TimeoutError:
                     log.warning("a client took nothing for %.0f s; its request was given up", _SEND_S)
+                    return
+                if self._sent_all:
                     return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -111,10 +122,10 @@ def lines(open_requests: OpenRequests, parts: AsyncGenerator[bytes, None]) -> Re
 
 
 @asynccontextmanager
-async def while_connected(receive: Receive) -> AsyncGenerator[None, None]:
+async def while_connected(receive: Receive, is_over: Callable[[], bool] = lambda: False) -> AsyncGenerator[None, None]:
     """Cancel the body, once, when the client closes its connection, and go on behind it; all was read that it sent.
 
-    Once, so that what cleans up may wait.
+    Once, so that what cleans up may wait. Not once `is_over` tells that all was sent: the server then says "closed", too.
     """
     working = asyncio.current_task()
     assert working is not None
@@ -124,6 +135,8 @@ async def while_connected(receive: Receive) -> AsyncGenerator[None, None]:
         nonlocal gone
         while (await receive())["type"] != "http.disconnect":
             pass
+        if is_over():
+            return
         gone = True
         working.cancel()
 

@@ -162,6 +162,7 @@ def _server(app: ASGIApp) -> uvicorn.Server:
             access_log=False,
             log_config=None,
             server_header=False,
+            proxy_headers=False,  # nothing stands between us and who asks
             timeout_graceful_shutdown=_GRACE_S,
             ws="none",
         )

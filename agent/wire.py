@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError, to_json
 
 from agent.errors import RequestError, TabwiseError, from_wire
 
@@ -25,12 +26,18 @@ API = 3
 def line(**fields: Any) -> bytes:
     """Return one line of a stream."""
     # ASCII: readers of lines take U+2028 and its like for the end of one.
-    return json.dumps(fields, default=_plain, separators=(",", ":")).encode() + b"\n"
+    try:
+        return to_json(fields, ensure_ascii=True) + b"\n"
+    except PydanticSerializationError:  # halves of surrogate pairs, which the slower way takes
+        return json.dumps(fields, default=_plain, separators=(",", ":")).encode() + b"\n"
 
 
 def body(request: Any) -> bytes:
     """Return a dataclass as a request's body; halves of surrogate pairs, which are no text, become U+FFFD."""
-    return _SURROGATES.sub("\ufffd", json.dumps(request, ensure_ascii=False, default=_plain)).encode()
+    try:
+        return to_json(request)
+    except PydanticSerializationError:
+        return _SURROGATES.sub("\ufffd", json.dumps(request, ensure_ascii=False, default=_plain)).encode()
 
 
 def error_fields(error: TabwiseError) -> dict[str, str]:

@@ -17,8 +17,9 @@ WINDOW_LINES = 64
 """The text above begins at a multiple of so many lines, so that its beginning moves rarely."""
 LIVE_CHARS = 800
 """Most characters of live text, 200 tokens or so: as much again as a suffix, so that a prompt never doubles."""
-_ABOVE_CHARS = 12_000  # 3,000 tokens: eight times the usual budget; each key sends it, at 0.1 ms for 4,000
-_BEHIND_CHARS = 4_000
+_LINE_CHARS = 12_000  # of the cursor's line before the cursor; longer ones the daemon refuses
+_BUDGET_CHARS = 12  # a token, at most: the daemon cuts longer texts before it counts, so that more is sent in vain
+_LEAST_CHARS = 2_000  # rules and grammars look at the text, too, however small the budget of a prompt is
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,20 @@ class Anchor:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """How much of a document around the cursor is looked at; each key sends it to the daemon."""
+
+    above_chars: int = 384 * _BUDGET_CHARS
+    behind_chars: int = _LEAST_CHARS
+
+    @classmethod
+    def of(cls, prefix_tokens: int, suffix_tokens: int) -> "Window":
+        """Return the window that fills a prompt with so many tokens before and behind the cursor."""
+        above, behind = (max(_LEAST_CHARS, _BUDGET_CHARS * n_tokens) for n_tokens in (prefix_tokens, suffix_tokens))
+        return cls(above, behind)
+
+
+@dataclass(frozen=True, slots=True)
 class Around:
     """A document's text, cells of its notebook included, that lies beyond its ends."""
 
@@ -51,7 +66,9 @@ class Around:
     below: str = ""
 
 
-def anchored(document: Document, place: Place, before: Sequence[Anchor], around: Around) -> tuple[Anchor, Surroundings]:
+def anchored(
+    document: Document, place: Place, before: Sequence[Anchor], around: Around, window: Window
+) -> tuple[Anchor, Surroundings]:
     """Return the anchor for a cursor, the first from before that still holds, and the text around it.
 
     Args:
@@ -59,47 +76,51 @@ def anchored(document: Document, place: Place, before: Sequence[Anchor], around:
         place: The cursor.
         before: Earlier anchors in this document; a new one is made where none of them holds.
         around: What lies beyond the document's ends.
+        window: How much is looked at.
     """
     for anchor in before:
         if anchor.line <= place.line < document.n_lines:
-            kept = _cut(document, place, anchor.top, anchor.line, around)
+            kept = _cut(document, place, anchor.top, anchor.line, around, window)
             # A single line may be as long as it likes: another anchor would not make the live text shorter.
             fits = len(kept.live) <= LIVE_CHARS or anchor.line == place.line
             if fits and (kept.head, kept.suffix) == (anchor.head, anchor.suffix):
                 return anchor, kept
-    return anew(document, place, around)
+    return anew(document, place, around, window)
 
 
-def anew(document: Document, place: Place, around: Around) -> tuple[Anchor, Surroundings]:
+def anew(document: Document, place: Place, around: Around, window: Window) -> tuple[Anchor, Surroundings]:
     """Return an anchor at the cursor's line, and the text around it."""
-    top = _top(document, place)
-    cut = _cut(document, place, top, place.line, around)
+    top = _top(document, place, window)
+    cut = _cut(document, place, top, place.line, around, window)
     return Anchor(top, place.line, cut.head, cut.suffix), cut
 
 
-def _cut(document: Document, place: Place, top: int, line: int, around: Around) -> Surroundings:
-    head = "".join(document.lines[top:line])[-_ABOVE_CHARS:]
+def _cut(document: Document, place: Place, top: int, line: int, around: Around, window: Window) -> Surroundings:
+    head = "".join(document.lines[top:line])[-window.above_chars :]
     if top == 0:
-        head = around.above[-_ABOVE_CHARS:] + head
-    live = document.between(Place(line, 0), place)[-_ABOVE_CHARS:]
+        head = around.above[-window.above_chars :] + head
+    live = document.between(Place(line, 0), place)[-_LINE_CHARS:]
     rest = document.lines[place.line][place.column :]
     # Counted from the next line on: what is typed on the cursor's line would move the end of the text behind it.
-    last, n_chars = place.line + 1, 0
-    while last < document.n_lines and n_chars < _BEHIND_CHARS:
-        n_chars += len(document.lines[last])
-        last += 1
-    below = "".join(document.lines[place.line + 1 : last]) + (around.below if last == document.n_lines else "")
-    behind = rest + below[:_BEHIND_CHARS] if len(rest) <= _BEHIND_CHARS else rest[:_BEHIND_CHARS]
+    lines, n_chars, most = [], 0, window.behind_chars
+    for following in document.lines.since(place.line + 1):
+        if n_chars >= most:
+            break
+        lines.append(following)
+        n_chars += len(following)
+    ends = place.line + 1 + len(lines) == document.n_lines
+    below = "".join(lines) + (around.below if ends else "")
+    behind = rest + below[:most] if len(rest) <= most else rest[:most]
     head = normal_newlines(head)
     return surroundings(head + live, behind, len(head))
 
 
-def _top(document: Document, place: Place) -> int:
+def _top(document: Document, place: Place, window: Window) -> int:
     top = place.line - place.line % WINDOW_LINES
     n_chars = sum(map(len, document.lines[top : place.line]))
     while top > 0:
         n_chars += sum(map(len, document.lines[top - WINDOW_LINES : top]))
-        if n_chars > _ABOVE_CHARS:
+        if n_chars > window.above_chars:
             break
         top -= WINDOW_LINES
     return top

@@ -23,7 +23,7 @@ from agent.types import Completion, CompletionRequest, Snippet, StopReason, Trig
 from agent.types import Document as DocumentFacts
 from lsp import anchors, triggers
 from lsp.agent_link import AgentLink
-from lsp.anchors import LIVE_CHARS, Anchor, Around
+from lsp.anchors import LIVE_CHARS, Anchor, Around, Window
 from lsp.cache import Cache, Entry, Key
 from lsp.documents import Document, Place
 from lsp.triggers import Patience, Rhythm, Shown
@@ -40,6 +40,7 @@ _REST_S = 0.05  # after which a cursor that moved is taken to rest
 _REANCHOR_S = 0.7  # without a key, before a longer prompt is read; who pauses for so long thinks
 _ANCHORS = 4  # of a document that are remembered: what is typed at, what was before, and where a closer came and went
 _SESSIONS = 64  # documents whose completions are kept
+_USUAL_WINDOW = Window()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Asked:
     place: Place
     around: Around
     trigger: Trigger
+    window: Window = _USUAL_WINDOW
     is_hypothetical: bool = False
     """Whether the document holds text before the cursor that is chosen in a list, and not there yet."""
     deleted: bool = False
@@ -196,7 +198,7 @@ class Completions:
         session.partial = None
         session.at = at = (asked.document.version, asked.place)
         before = session.anchor
-        anchor, around = anchors.anchored(asked.document, asked.place, session.anchors(), asked.around)
+        anchor, around = anchors.anchored(asked.document, asked.place, session.anchors(), asked.around, asked.window)
         session.move_texts(before, anchor)
         session.take(anchor)
         key = _key(around, asked.trigger)
@@ -303,7 +305,7 @@ class Completions:
     async def _read(self, session: _Session, asked: Asked, after_s: float) -> None:
         """Have the prompt of a place read into the engine's cache: a short one first where nothing of it is there."""
         await asyncio.sleep(after_s)
-        anchor, around = anchors.anchored(asked.document, asked.place, session.anchors(), asked.around)
+        anchor, around = anchors.anchored(asked.document, asked.place, session.anchors(), asked.around, asked.window)
         writing = session.writing
         if writing is not None and not session.waiting and not writing.is_for(around):
             self._give_up(session)  # the cursor has left the place
@@ -313,7 +315,7 @@ class Completions:
         if anchor is not old:
             session.visited = anchor
         if anchor is old and len(around.live) > LIVE_CHARS // 2:
-            anchor, around = anchors.anew(asked.document, asked.place, asked.around)
+            anchor, around = anchors.anew(asked.document, asked.place, asked.around, asked.window)
             lengths: tuple[bool, ...] = (False,)
         elif anchor is old and not anchor.brief:
             return

@@ -7,16 +7,19 @@ text which was answered for a version of a document has grown, and may be asked 
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lsprotocol import types
 from pygls.lsp.server import LanguageServer
 
 from agent.types import Trigger
-from lsp.anchors import Around
+from lsp.anchors import Around, Window
 from lsp.completions import Asked
 from lsp.documents import Change, Document, Place
 from lsp.state import State
+
+if TYPE_CHECKING:
+    from agent.config import CompletionSettings
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +118,7 @@ async def _answer(
         start = document.place(selected.range.start.line, selected.range.start.character)
         end = max(place, document.place(selected.range.end.line, selected.range.end.character))
         chosen = selected.text
-    asked = _asked(state, document, end, trigger)
+    asked = _asked(state, document, end, trigger, settings)
     if chosen:
         # As if the entry stood in the document in place of what it replaces.
         change = Change(chosen, _position(document, start), _position(document, end))
@@ -150,10 +153,10 @@ async def _rest(state: State, document: Document, place: Place) -> None:
     settings = (await state.settings.current()).completion
     is_wanted = settings.automatic and document.language not in settings.languages_off
     if is_wanted and state.library.documents.get(document.uri) is document:
-        state.completions.rest(_asked(state, document, place, Trigger.AUTOMATIC))
+        state.completions.rest(_asked(state, document, place, Trigger.AUTOMATIC, settings))
 
 
-def _asked(state: State, document: Document, place: Place, trigger: Trigger) -> Asked:
+def _asked(state: State, document: Document, place: Place, trigger: Trigger, settings: "CompletionSettings") -> Asked:
     above, below = state.library.around(document)
     return Asked(
         document=document,
@@ -161,6 +164,7 @@ def _asked(state: State, document: Document, place: Place, trigger: Trigger) -> 
         place=place,
         around=Around(above, below),
         trigger=trigger,
+        window=Window.of(settings.prefix_tokens, settings.suffix_tokens),
         deleted=state.deleted,
         refreshes=state.refreshes,
         activity_ms=state.activity_ms(),
