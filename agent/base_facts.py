@@ -126,7 +126,7 @@ def _bfloat16(vector: _Vector) -> list[int]:
     if code == "H":
         return list(values)
     bits = struct.unpack(f"<{vector.count}I", struct.pack(f"<{vector.count}f", *values))
-    return [(each + 0x7FFF + (each >> 16 & 1)) >> 16 for each in bits]
+    return [((each + 0x7FFF + (each >> 16 & 1)) >> 16) & 0xFFFF for each in bits]
 
 
 def _hash_of_words(words: Mapping[int, str]) -> str:
