@@ -2,11 +2,12 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 
 from agent.arbiter import Arbiter
-from agent.engines.base import Decoded, Event, Finished, GenerationRequest, Task
+from agent.engines.base import Adapter, Decoded, Event, Finished, GenerationRequest, Task
 from tests.conftest import count
 from tests.fakes import FakeEngine, decode, encode
 
@@ -131,3 +132,17 @@ async def test_whatever_is_asked_and_given_up_one_stream_is_open_and_every_answe
         await asyncio.gather(*(one() for _ in range(8)))
         assert engine.most_open <= 1
         assert engine.open_streams == 0
+
+
+async def test_adapters_are_attached_between_two_streams_and_explanations_give_way() -> None:
+    engine = FakeEngine(say=tells, token_s=0.002)
+    arbiter = Arbiter(engine)
+    adapter = Adapter("one-1", Path("/one"))
+    running = asyncio.create_task(text_of(arbiter.generate(ask("story>", Task.EXPLANATION))))
+    while not engine.open_streams:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.02)
+    await arbiter.attach([adapter])  # FakeEngine fails where a stream is open
+    assert engine.attached == [adapter]
+    assert not running.done()
+    assert (await running)[0] == STORY
