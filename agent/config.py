@@ -45,7 +45,7 @@ class EngineSettings(_Section):
         0,
         ge=0,
         le=2048,
-        description="Prompt tokens computed in one go; 0 for 512 on a GPU, and on a CPU for 7 in llama.cpp and 32 in "
+        description="Prompt tokens computed in one go; 0 for 512 on a GPU, and on a CPU for 7 in llama.cpp and 64 in "
         "transformers. A cancelled request holds the engine for up to two batches (0.2 s at 7 on 2 cores, calculated). "
         "More read long prompts faster (25 % at 16), but in llama.cpp sums come out a little different for every size "
         "from 8 on, so that caches can change a completion where two tokens are nearly as likely.",

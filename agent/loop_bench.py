@@ -155,10 +155,11 @@ class _Subject:
 
 def _generate(prompt: Sequence[int], new_tokens: int, end_ids: frozenset[int], module: Any) -> tuple[list[int], float]:
     import torch
-    from transformers import GenerationConfig
+    import transformers
 
+    library: Any = transformers
     # What is not given would be taken from the model's own settings, which sample and punish repetition.
-    plain = GenerationConfig(
+    plain = library.GenerationConfig(
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,

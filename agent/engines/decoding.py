@@ -159,13 +159,12 @@ class DecodeLoop:
             draft, length = self._draft(text, total - n_decoded)
             drafted = draft.ids[:length]
             started = time.perf_counter()
-            n_missing = len(text.history.ids) - len(text.cache)
             passes = self._passes(text, drafted, 1 + length)
-            choices = yield from (passes if begun else self._told(text, passes))
+            choices = yield from self._told(text, passes)
             if not begun:
                 yield Prefilled(n_prompt, n_prompt, text.cached_tokens)
                 begun = True
-            elif n_missing == 1:
+            else:
                 self._costs.timed(1 + length, time.perf_counter() - started)
             for choice in choices[: 1 + self._judge(text, draft, length, choices)]:
                 if choice.id in self._vocabulary.end_ids:

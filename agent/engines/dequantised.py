@@ -48,18 +48,19 @@ def folder_of(model: LocalModel) -> Path:
 
 
 def _unpack(file: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
 
+    library: Any = transformers  # half of it is typed
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     try:
-        module, facts = AutoModelForCausalLM.from_pretrained(
+        module, facts = library.AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             dtype=_kept_dtype(file),
-            quantization_config=GgufConfig(dequantize=True),
+            quantization_config=library.GgufConfig(dequantize=True),
             output_loading_info=True,
             **where,
         )
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
+        tokenizer = library.AutoTokenizer.from_pretrained(str(file.parent), **where)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file shows in whatever way the reader stumbles

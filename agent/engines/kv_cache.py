@@ -46,9 +46,10 @@ class RoomyLayer(DynamicLayer):
         before = self.get_seq_length()
         total = before + key_states.shape[-2]
         if not self._rooms or self._rooms[0].shape[-2] < total:
+            olds = (self.keys, self.values)
             self._rooms = [
                 self._roomier(new, old, before, total)
-                for new, old in ((key_states, self.keys), (value_states, self.values))
+                for new, old in zip((key_states, value_states), olds, strict=True)
             ]
         for room, new in zip(self._rooms, (key_states, value_states), strict=True):
             room[:, :, before:total] = new
@@ -56,10 +57,10 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     @staticmethod
-    def _roomier(new: torch.Tensor, old: torch.Tensor, used: int, needed: int) -> torch.Tensor:
+    def _roomier(new: torch.Tensor, old: torch.Tensor | None, used: int, needed: int) -> torch.Tensor:
         size = -(-needed // _ROOM_TOKENS) * _ROOM_TOKENS
         room = new.new_empty((*new.shape[:2], size, new.shape[-1]))
-        if used:
+        if used and old is not None:
             room[:, :, :used] = old
         return room
 
@@ -77,8 +78,9 @@ class PrefixCache:
         self.ids: list[int] = []
         """The tokens whose keys and values are here; for others' eyes a list that only grows, or is replaced."""
         self.adapter: str | None = None
-        self.layers = Cache(layers=[RoomyLayer() for _ in range(n_layers)])
+        self._rooms: list[RoomyLayer] = []
         self._n_layers = n_layers
+        self.give_up()
 
     def __len__(self) -> int:
         """Return how many tokens are here."""
@@ -102,19 +104,21 @@ class PrefixCache:
     def copy(self, other: "PrefixCache", count: int) -> None:
         """Take over the first `count` tokens of another cache, in place of everything here."""
         self.crop(0)
-        for mine, others in zip(self.layers.layers, other.layers.layers, strict=True):
-            mine.update(others.keys[:, :, :count], others.values[:, :, :count])
+        for mine, others in zip(self._rooms, other._rooms, strict=True):
+            if others.keys is not None and others.values is not None:
+                mine.update(others.keys[:, :, :count], others.values[:, :, :count])
         self.ids, self.adapter = other.ids[:count], other.adapter
 
     def give_up(self) -> None:
         """Hold nothing, and free the memory; also what a pass that failed half-way has left."""
         self.ids, self.adapter = [], None
-        self.layers = Cache(layers=[RoomyLayer() for _ in range(self._n_layers)])
+        self._rooms = [RoomyLayer() for _ in range(self._n_layers)]
+        self.layers = Cache(layers=[*self._rooms])
 
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
-        return sum(layer.nbytes for layer in self.layers.layers)
+        return sum(layer.nbytes for layer in self._rooms)
 
 
 class Shelf:

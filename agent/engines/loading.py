@@ -56,27 +56,35 @@ def load(model: LocalModel, wanted: str, needs: Needs | None = None) -> LoadedTr
     """
     _stay_offline()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    failed: Exception | None = None
     try:
-        _be_quiet()
-        folder = dequantised.folder_of(model) if model.format == "gguf" else model.path
-        chosen = quantisation.choose(wanted, _facts_of(device), needs or quantisation.needs_of(folder, device.type))
-        module, vocabulary = _read(folder, model.name, chosen, device)
+        tree = _load(model, wanted, needs, device)
     except TabwiseError:
         raise
     except Exception as error:  # noqa: BLE001 - damaged files show in whatever way their reader stumbles
-        failed = error
-    if failed is None:
-        log.info("%s is in memory as %s on %s", model.name, chosen, device)
-        return LoadedTree(module, vocabulary, device, chosen)
-    if out_of_memory.is_out_of_memory(failed):
-        failed = None  # its traceback holds what was loaded
-        out_of_memory.return_unused(device)
-        raise out_of_memory.full(device, f"the model {model.name}")
-    reason = " ".join(f"{type(failed).__name__}: {failed}".split())
-    if isinstance(failed, ImportError):
-        raise EngineError(f"running {model.name} needs more packages ({reason:.120}); run: make train-deps")
-    raise ModelCorruptError(f"transformers cannot load {model.name}: {reason:.300}; pull or copy the model again")
+        told = _told(error, model.name, device)
+    else:
+        log.info("%s is in memory as %s on %s", model.name, tree.quantisation, device)
+        return tree
+    # Out of the handler, since the error's traceback holds what was loaded.
+    out_of_memory.return_unused(device)
+    raise told
+
+
+def _load(model: LocalModel, wanted: str, needs: Needs | None, device: torch.device) -> LoadedTree:
+    _be_quiet()
+    folder = dequantised.folder_of(model) if model.format == "gguf" else model.path
+    chosen = quantisation.choose(wanted, _facts_of(device), needs or quantisation.needs_of(folder, device.type))
+    module, vocabulary = _read(folder, model.name, chosen, device)
+    return LoadedTree(module, vocabulary, device, chosen)
+
+
+def _told(error: Exception, name: str, device: torch.device) -> TabwiseError:
+    if out_of_memory.is_out_of_memory(error):
+        return out_of_memory.full(device, f"the model {name}")
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, ImportError):
+        return EngineError(f"running {name} needs more packages ({reason:.120}); run: make train-deps")
+    return ModelCorruptError(f"transformers cannot load {name}: {reason:.300}; pull or copy the model again")
 
 
 def _stay_offline() -> None:
@@ -88,10 +96,11 @@ def _stay_offline() -> None:
 
 
 def _be_quiet() -> None:
-    from transformers.utils import logging as their_logging
+    from transformers.utils import logging as theirs
 
-    their_logging.set_verbosity_error()  # what matters of it is checked here, and told in one line
-    their_logging.disable_progress_bar()
+    library: Any = theirs
+    library.set_verbosity_error()  # what matters of it is checked here, and told in one line
+    library.disable_progress_bar()
 
 
 def _facts_of(device: torch.device) -> Device:
@@ -102,14 +111,15 @@ def _facts_of(device: torch.device) -> Device:
 
 
 def _read(folder: Path, name: str, chosen: Quantisation, device: torch.device) -> tuple[torch.nn.Module, Vocabulary]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
+    library: Any = transformers  # half of it is typed
     options: dict[str, Any] = {
         "dtype": _dtype(chosen, device),
         "device_map": {"": device} if device.type == "cuda" or _is_packed(chosen) else None,
         "quantization_config": _packing(chosen, device),
     }
-    module, facts = AutoModelForCausalLM.from_pretrained(
+    module, facts = library.AutoModelForCausalLM.from_pretrained(
         str(folder),
         local_files_only=True,
         trust_remote_code=False,
@@ -122,7 +132,7 @@ def _read(folder: Path, name: str, chosen: Quantisation, device: torch.device) -
             raise ModelCorruptError(
                 f"{name} lacks {len(odd)} weights, or they are of another size ({odd[0]}, …); pull or copy it again"
             )
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    tokenizer = library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return module.eval().requires_grad_(False), Vocabulary(tokenizer, name, _end_ids(module))
 
 
@@ -140,11 +150,12 @@ def _dtype(chosen: Quantisation, device: torch.device) -> torch.dtype:
 def _packing(chosen: Quantisation, device: torch.device) -> Any:
     if not _is_packed(chosen):
         return None
-    from transformers import BitsAndBytesConfig
+    import transformers
 
+    packing: Any = transformers.BitsAndBytesConfig
     if chosen is Quantisation.INT8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
+        return packing(load_in_8bit=True)
+    return packing(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

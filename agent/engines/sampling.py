@@ -67,4 +67,4 @@ def _draw(scores: torch.Tensor, seed: int, position: int) -> torch.Tensor:
 
 def _number(seed: int, position: int) -> float:
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=_SEED_BYTES).digest()
-    return int.from_bytes(digest, "big") / 2 ** (8 * _SEED_BYTES)
+    return int.from_bytes(digest, "big") / float(1 << 8 * _SEED_BYTES)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_CHUNK_TOKENS = {"cuda": 512, "cpu": 32}
+_CHUNK_TOKENS = {"cuda": 512, "cpu": 64}
 """Prompt tokens in one pass. A cancel waits for one: a third of a second on two cores with the 0.5B (measured), and a GPU is
 left idle by small ones (not measured)."""
 

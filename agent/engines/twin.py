@@ -41,18 +41,13 @@ def twin_of(module: M) -> M:
 
 def _shared(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     """Return a parameter of its own kind over the same storage, so that flags and casts of one are not the other's."""
-    kind = type(parameter).__name__
-    if kind == "Params4bit":
+    kind: Any = type(parameter)
+    if kind.__name__ == "Params4bit":
         return copy.copy(parameter)  # bitsandbytes copies the object alone: data and constants are the same
-    if kind == "Int8Params":
-        facts: Any = parameter
-        other: torch.nn.Parameter = type(parameter)(
-            parameter.data,
-            requires_grad=False,
-            has_fp16_weights=facts.has_fp16_weights,
-            CB=facts.CB,
-            SCB=facts.SCB,
-        )
+    if kind.__name__ == "Int8Params":
+        names = ("has_fp16_weights", "CB", "SCB")
+        facts = {name: getattr(parameter, name) for name in names}
+        other: torch.nn.Parameter = kind(parameter.data, requires_grad=False, **facts)
         return other
     return torch.nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
 

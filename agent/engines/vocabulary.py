@@ -3,7 +3,7 @@
 What libraries do for convenience is undone here. Text stands as it is: no blank is put in front of it, and nothing is
 normalised, so that the tokens of the pieces of a prompt are those of the whole and stand for exactly its text. Text of
 the user's never becomes a special token, also where a model's files forgot to call its sentinels special (Qwen's do):
-whatever looks like markup among the tokens that were added to a vocabulary counts as special. Needs no torch.
+whatever looks like markup among the tokens that were added to a vocabulary counts as special.
 """
 
 import codecs
@@ -66,15 +66,16 @@ class Vocabulary:
         self._spelled = Tokenizer.from_str(json.dumps(facts))
         kept = [each for each in added if each not in control]
         self._plain = Tokenizer.from_str(json.dumps(facts | {"added_tokens": kept}))
-        self._added = {each["id"]: each["content"] for each in added}
-        self._control = {each["id"] for each in control}
+        self._added: dict[int, str] = {each["id"]: each["content"] for each in added}
+        self._control: set[int] = {each["id"] for each in control}
         self._unknown_id = tokenizer.unk_token_id  # what no token stands for; harmless where it comes from
         self._byte_of = _byte_alphabet() if _is_byte_level(facts) else None
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str | None] = {}
         self._template = tokenizer
         ends = {self._spelled.token_to_id(word) for word in _END_WORDS} & self._control
-        self.end_ids = frozenset(ends | set(end_ids) | {tokenizer.eos_token_id}) - {None}
+        named = {*end_ids, tokenizer.eos_token_id, *ends}
+        self.end_ids = frozenset(one for one in named if isinstance(one, int))
         """Tokens that end a text."""
         self.start_ids = _start_ids(tokenizer)
         """Tokens with which every prompt begins."""
@@ -127,10 +128,9 @@ class Vocabulary:
 
     def bytes_of(self, one: int) -> bytes:
         """Return the bytes that a token stands for in a text; none for special tokens."""
-        found = self._bytes.get(one)
-        if found is None:
-            found = self._bytes[one] = b"" if one in self._control else self._spelling(one)
-        return found
+        if one not in self._bytes:
+            self._bytes[one] = b"" if one in self._control else self._spelling(one)
+        return self._bytes[one]
 
     def shown(self, one: int) -> str:
         """Return as much of a token's text as is text."""
