@@ -125,12 +125,15 @@ class DecodeLoop:
         prompt = list(request.prompt_ids) or [self._vocabulary.blank_id]
         self._check(request, len(prompt))
         text = self._begin(request, prompt)
-        if request.max_tokens:
-            n_decoded, ended = yield from self._write(text)
-        else:
-            n_decoded, ended = 0, False
-            yield from self._told(text, self._passes(text, (), 0))
-            yield Prefilled(len(prompt), len(prompt), text.cached_tokens)
+        n_decoded, ended = 0, False
+        try:
+            if request.max_tokens:
+                n_decoded, ended = yield from self._write(text)
+            else:
+                yield from self._told(text, self._passes(text, (), 0))
+                yield Prefilled(len(prompt), len(prompt), text.cached_tokens)
+        finally:
+            text.cache.in_use = False
         yield Finished(ended, len(prompt) - text.cached_tokens, text.cached_tokens, n_decoded)
 
     def _check(self, request: GenerationRequest, n_prompt: int) -> None:

@@ -154,6 +154,12 @@ class TransformersEngine:
             raise EngineError("the model was unloaded; ask again")
         return TransformersEngine(self._worker, self._tree, self._loop.without_drafts(), self._twin)
 
+    async def generate_from_scratch(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], float]:
+        """Return what transformers' own loop writes, and the seconds that it took; for measurements."""
+        from agent.engines import reference
+
+        return await self.with_model(lambda module: reference.generate(module, prompt, new_tokens, self.end_ids))
+
     async def close(self) -> None:
         """Free the model's memory. Streams still open end with an error."""
         with contextlib.suppress(EngineError):  # closed before

@@ -12,7 +12,7 @@ from agent.cache_bench import Step
 from agent.engines import decoding
 from agent.errors import InputError
 from tests.conftest import World
-from tests.with_torch.small_models import CODE, save
+from tests.with_torch.small_models import CODE, save, small_module
 
 
 async def bench(world: World, *files: Path, model: str) -> dict[str, dict[str, object]]:
@@ -35,7 +35,7 @@ def code(world: World) -> list[Path]:
 
 
 async def test_all_ways_write_the_same(world: World, code: list[Path]) -> None:
-    model = save(world.root / "model")
+    model = save(world.root / "model", small_module(max_position_embeddings=4096))
     found = await bench(world, *code, model=str(model.path))
     assert found["places"]["same"] == {"drafts": "6 of 6"}
     assert found["typing"]["same"] == {"caches": "8 of 8", "drafts": "8 of 8"}
@@ -51,7 +51,7 @@ async def test_all_ways_write_the_same(world: World, code: list[Path]) -> None:
 async def test_a_loop_that_goes_wrong_is_found_out(
     world: World, code: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = save(world.root / "model")
+    model = save(world.root / "model", small_module(max_position_embeddings=4096))
     monkeypatch.setattr(decoding, "accepted_length", lambda drafted, chosen: len(drafted))  # takes every draft
     found = await bench(world, *code, model=str(model.path))
     assert found["typing"]["same"] != {"caches": "8 of 8", "drafts": "8 of 8"}

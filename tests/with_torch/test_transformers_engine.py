@@ -60,21 +60,8 @@ def flat(said: list[Decoded]) -> list[int]:
 
 async def reference(engine: TransformersEngine, prompt: tuple[int, ...], count: int) -> list[int]:
     """What transformers' own loop writes."""
-
-    def work(module: Any) -> list[int]:
-        ids = torch.tensor([prompt])
-        options = {
-            "do_sample": False,
-            "max_new_tokens": count,
-            "eos_token_id": sorted(engine.end_ids),
-            "pad_token_id": 0,
-        }
-        with torch.no_grad():
-            written = module.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        found = written[0, len(prompt) :].tolist()
-        return found[:-1] if found and found[-1] in engine.end_ids else found
-
-    return await engine.with_model(work)
+    ids, _ = await engine.generate_from_scratch(prompt, count)
+    return ids
 
 
 async def test_greedy_text_is_that_of_generate_however_the_prompt_came_about(engine: TransformersEngine) -> None:
