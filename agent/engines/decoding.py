@@ -11,7 +11,7 @@ context shrinks and the request is refused; the loop itself goes on. Knows token
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,8 +75,8 @@ class DecodeLoop:
             drafts: Whether to draft where that is faster.
         """
         self.context_tokens = context_tokens
-        self.select_adapter: Callable[[str | None], None] | None = None
-        """Has the model compute with an adapter from the next pass on; None where none is attached."""
+        self._select: Callable[[str | None], None] | None = None
+        self._selected: str | None = None
         self._module: torch.nn.Module | None = module
         self._vocabulary = vocabulary
         self._shelf = shelf
@@ -105,13 +105,25 @@ class DecodeLoop:
         """Return how many tokens at the beginning of a completion's prompt are computed; from any thread."""
         return self._shelf.held(prompt_ids)
 
-    def forget(self, adapters: Callable[[str | None], bool]) -> None:
-        """Give up the caches of those adapters for which the answer is yes."""
-        self._shelf.forget(adapters)
+    def serve(self, adapters: Collection[str], select: Callable[[str | None], None]) -> None:
+        """Serve these adapters from now on, and give up the caches of others.
+
+        Args:
+            adapters: Their names. Caches of those that stay are kept: a name stands for the same weights for ever.
+            select: Has the model compute with one of them, or with none.
+        """
+        self._shelf.forget(lambda name: name is not None and name not in adapters)
+        select(None)
+        self._select, self._selected = (select if adapters else None), None
+
+    def _use(self, adapter: str | None) -> None:
+        if adapter != self._selected and self._select is not None:
+            self._select(adapter)
+            self._selected = adapter
 
     def let_go(self) -> None:
         """Let go of the model and of all caches. Streams that are still open end with an error."""
-        self._module = None
+        self._module = self._select = None
         self._shelf.give_up_others()
 
     def stream(self, request: GenerationRequest) -> Iterator[Event]:
@@ -143,7 +155,7 @@ class DecodeLoop:
                 f"the prompt needs {needed} tokens, the context has {self.context_tokens}; "
                 "raise engine.context_tokens or shorten the text"
             )
-        if request.adapter is not None and self.select_adapter is None:
+        if request.adapter is not None and self._select is None:
             raise AdapterError(f"the adapter {request.adapter!r} is not attached; see the settings")
 
     def _begin(self, request: GenerationRequest, prompt: list[int]) -> _Text:
@@ -240,8 +252,7 @@ class DecodeLoop:
             raise EngineError("the model was unloaded; ask again")
         request, cache = text.request, text.cache
         try:
-            if self.select_adapter is not None:
-                self.select_adapter(request.adapter)
+            self._use(request.adapter)
             logits = self._pass(self._module, cache, ids, keep)
             choices = choose(
                 logits,

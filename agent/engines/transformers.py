@@ -120,12 +120,7 @@ class TransformersEngine:
 
             self._switch = AdapterSwitch(self._module)
         self._switch.attach(adapters)
-        served = {adapter.name for adapter in adapters}
-        self._loop.select_adapter = self._switch.select if served else None
-        if not served:
-            self._switch.select(None)
-        # Names end with a hash of the weights: what an adapter that stays has computed stays right.
-        self._loop.forget(lambda name: name is not None and name not in served)
+        self._loop.serve(self._switch.names, self._switch.select)
 
     async def with_model(self, work: Callable[[Any], T]) -> T:
         """Return what `work` makes of the module tree, in the worker thread."""
@@ -168,7 +163,6 @@ class TransformersEngine:
 
     def _free(self) -> None:
         self._loop.let_go()
-        self._loop.select_adapter = None
         self._module = self._twin = self._switch = self._tree = None
         gc.collect()  # module trees refer to themselves
         if self.on_gpu:
