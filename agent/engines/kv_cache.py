@@ -25,7 +25,7 @@ _ROOM_TOKENS = 256
 """Room is made in multiples of this: a completion fits in the first one that is made for its prompt."""
 
 
-class RoomyLayer(DynamicLayer):
+class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the base's own way of being subclassed
     """One layer's keys and values, in tensors with room for more at their end.
 
     `keys` and `values` are views of them, (1, H, T, D), which is all that the base class looks at.
@@ -33,7 +33,7 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self) -> None:
         """Hold nothing."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._rooms: list[torch.Tensor] = []  # keys', values'
 
     def update(

@@ -39,16 +39,20 @@ def test_a_roomy_layer_is_the_librarys_but_for_its_room() -> None:
     assert ours.get_seq_length() > 256  # it had to make room more than once
 
 
+def rooms(cache: PrefixCache) -> list[Any]:
+    return list(cache.layers.layers)
+
+
 def fill(cache: PrefixCache, ids: list[int]) -> None:
     """Have it hold keys and values that tell their token."""
-    for layer in cache.layers.layers:
+    for layer in rooms(cache):
         column = torch.tensor(ids, dtype=torch.float32).view(1, 1, -1, 1)
         layer.update(column.expand(1, 2, -1, 4), column.expand(1, 2, -1, 4))
     cache.ids += ids
 
 
 def held(cache: PrefixCache) -> list[list[int]]:
-    return [layer.keys[0, 0, :, 0].int().tolist() for layer in cache.layers.layers]
+    return [layer.keys[0, 0, :, 0].int().tolist() for layer in rooms(cache)]
 
 
 def take(shelf: Shelf, *prompt: int, in_use: bool = False, **more: Any) -> tuple[PrefixCache, list[int]]:

@@ -167,7 +167,7 @@ async def test_what_is_held_is_not_read_again(engine: TransformersEngine) -> Non
     assert all(later - earlier <= 16 for earlier, later in zip([0, *done], done, strict=False))
     assert engine.held(prompt) == len(prompt)
     passes = spy(engine)
-    _, finished = await run(engine.without_drafts() and engine, GenerationRequest((*prompt, 7), 1))
+    _, finished = await run(engine, GenerationRequest((*prompt, 7), 1))
     assert (finished.prefill_tokens, finished.cached_tokens) == (1, len(prompt))
     assert passes == [1]
     _, finished = await run(engine, GenerationRequest((*prompt, 7), 0, ahead=True))
