@@ -146,3 +146,10 @@ async def test_adapters_are_attached_between_two_streams_and_explanations_give_w
     assert engine.attached == [adapter]
     assert not running.done()
     assert (await running)[0] == STORY
+
+
+def test_a_context_that_shrinks_is_seen() -> None:
+    engine = FakeEngine(context_tokens=4096)
+    arbiter = Arbiter(engine)
+    engine.context_tokens = 600
+    assert arbiter.context_tokens == 600
