@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -39,6 +39,10 @@ class Dimensions:
     vocabulary: int
     tied: bool
     """Whether the output head shares the embedding's weights."""
+    mlp_matrices: int = 3
+    """3 with a gate (gate, up, down), 2 without."""
+    biases: Literal["none", "qkv", "all"] = "none"
+    """Which linear layers of a block have one: none, the three that make queries, keys and values, or all."""
 
 
 @dataclass(frozen=True, slots=True)

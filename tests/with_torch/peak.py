@@ -1,0 +1,119 @@
+"""Serves and trains a model with random weights, and prints the most memory that it took: run as a process of its own.
+
+The peak is Linux's own account of this process (VmHWM); the resource module's begins with the parent's. Memory that is
+freed must go back at once, so whoever starts this sets MALLOC_MMAP_THRESHOLD_.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Starcoder2Config, Starcoder2ForCausalLM
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+PIECE = 64
+"""Tokens that are read at once: few, since the plan adds a serving step to training, and here the one follows the other."""
+
+
+def memory(field: str) -> int:
+    """Return bytes of this process's account: VmRSS now, VmHWM at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"/proc/self/status has no {field}")
+
+
+def serve(model: Any, context_tokens: int, vocabulary: int) -> DynamicCache:
+    """Read a prompt as long as the context into a cache, piece by piece, and return it."""
+    cache = DynamicCache()
+    ids = torch.randint(0, vocabulary, (1, context_tokens))
+    with torch.inference_mode():
+        for start in range(0, context_tokens, PIECE):
+            model(ids[:, start : start + PIECE], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def train(model: Any, case: dict[str, Any]) -> float:
+    """Do two DPO steps of two pairs each, against reference log-probabilities that are known, and return the last loss.
+
+    Only in the second step are the optimizer's states there while activations are, and only with the second pair the
+    gradients of the first.
+    """
+    tokens, scored, vocabulary = case["row_tokens"], case["scored_tokens"], case["config"]["vocab_size"]
+    policy = get_peft_model(model, LoraConfig(r=case["rank"], target_modules="all-linear", lora_dropout=0.0))
+    policy.train()
+    if case["checkpointing"]:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-4, foreach=False)
+    loss = 0.0
+    for _ in range(2):
+        for _ in range(2):
+            ids = torch.randint(0, vocabulary, (2, tokens))  # (chosen and rejected, T)
+            loss = backward(policy, ids, scored)
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss
+
+
+def backward(policy: Any, ids: torch.Tensor, scored: int) -> float:
+    """Add the gradients of one pair's loss.
+
+    Args:
+        policy: A model with an adapter.
+        ids: Chosen and rejected row (2, T).
+        scored: How many tokens at the end of each are the completion's.
+    """
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0  # the rejected row is shorter
+    logits = policy(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=scored + 1).logits
+    chances = torch.log_softmax(logits[:, :-1].float(), dim=-1)  # (2, scored, V)
+    chosen, rejected = chances.gather(-1, ids[:, -scored:, None]).sum((1, 2))
+    reference = (chosen - rejected).detach()
+    loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected - reference))
+    loss.backward()
+    return float(loss.detach())
+
+
+def main() -> None:
+    """Run the case that stands in the first argument."""
+    case = json.loads(sys.argv[1])
+    torch.manual_seed(0)
+    config, kind = KINDS[case["kind"]]
+    # Everything once with a small model, so that what the libraries take for themselves is held before.
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 128}
+    warm = kind(config(**(case["config"] | small | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})))
+    serve(warm, 2 * PIECE, 128)
+    train(warm, case | {"rank": 4, "row_tokens": 32, "scored_tokens": 8, "config": {"vocab_size": 128}})
+    del warm
+    before = memory("VmRSS")
+    model = kind(config(**case["config"])).eval()
+    loaded = memory("VmRSS")
+    # Making a tied model holds a head of its own for a moment; loading one does not, and is not what is measured here.
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
+    cache = serve(model, case["context_tokens"], case["config"]["vocab_size"])
+    served = memory("VmHWM")
+    loss = train(model, case) if case["rank"] else 0.0
+    found = {
+        "before": before,
+        "loaded": loaded - before,
+        "served": served - before,
+        "peak": memory("VmHWM") - before,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "cached": cache.get_seq_length(),
+        "loss": loss,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()
