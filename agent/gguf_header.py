@@ -8,7 +8,8 @@ Source: the GGUF specification in the ggml repository, docs/gguf.md.
 
 import mmap
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,19 @@ _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _ALIGNMENT = 32  # the specification's default
+_DIMENSIONS = 4  # the most that ggml's tensors have
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """Where a tensor lies in its file."""
+
+    shape: tuple[int, ...]
+    """As GGUF writes it: the last of numpy's dimensions first."""
+    kind: int
+    """ggml's number of the type: 0 for float32, 1 for float16."""
+    start: int
+    """Byte of the file at which it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +43,9 @@ class GgufHeader:
     vocabulary: frozenset[str]
     metadata: dict[str, Any]
     """Scalars and strings; of arrays, their length."""
+    words: tuple[str, ...] = ()
+    """The vocabulary in the order of its token ids."""
+    tensors: Mapping[str, TensorPlace] = field(default_factory=dict)
 
 
 def read(path: Path) -> GgufHeader:
@@ -68,27 +85,31 @@ class _Reader:
             raise ModelCorruptError(f"{self._path} has GGUF version {version}, 2 and 3 are known; convert it anew")
         n_tensors, n_entries = self._scalar("Q"), self._scalar("Q")
         metadata: dict[str, Any] = {}
-        vocabulary: frozenset[str] = frozenset()
+        words: tuple[str, ...] = ()
         for _ in range(n_entries):
             key, kind = self._string(), self._scalar("I")
             if key == "tokenizer.ggml.tokens" and kind == _ARRAY:
                 self._scalar("I")
-                words = [self._string() for _ in range(self._count())]
-                vocabulary, metadata[key] = frozenset(words), len(words)
+                words = tuple(self._string() for _ in range(self._count()))
+                metadata[key] = len(words)
             else:
                 metadata[key] = self._value(kind)
-        last = 0
+        found: dict[str, TensorPlace] = {}
         for _ in range(n_tensors):
-            self._string()
-            self._skip(8 * self._scalar("I") + 4)
-            last = max(last, self._scalar("Q"))
+            name = self._string()
+            n_dimensions = self._scalar("I")
+            if n_dimensions > _DIMENSIONS:
+                raise self._cut()
+            shape = tuple(self._scalar("Q") for _ in range(n_dimensions))
+            found[name] = TensorPlace(shape, self._scalar("I"), self._scalar("Q"))
         alignment = metadata.get("general.alignment", _ALIGNMENT)
         start = -(-self._at // alignment) * alignment
-        if start + last >= len(self._data):
+        tensors = {name: replace(place, start=start + place.start) for name, place in found.items()}
+        if max((place.start for place in tensors.values()), default=start) >= len(self._data):
             raise self._cut()
         architecture = str(metadata.get("general.architecture", ""))
         context = metadata.get(f"{architecture}.context_length", 0)
-        return GgufHeader(architecture, int(context), vocabulary, metadata)
+        return GgufHeader(architecture, int(context), frozenset(words), metadata, words, tensors)
 
     def _cut(self) -> ModelCorruptError:
         return ModelCorruptError(

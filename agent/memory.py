@@ -5,8 +5,8 @@ what PyTorch holds for the transformers library's models (or llama.cpp for a GGU
 of the blocks. `fitting.py` looks for what to change where it does not fit.
 
 A plan is a list of parts that are all held at the worst moment of a training step, so that its total is their sum. Two
-things never happen at once, the scores of the last layer with their gradients and the walk back through one block; the
-larger one is the part, both are in the plan's `Peaks`.
+things never happen at once, the scores' gradients and the way back through a block; the larger one is the part, both are
+in the plan's `Peaks`.
 
 Sources: what autograd keeps was read off the models with saved-tensor hooks and calibrated against measured peaks
 (tests/with_torch/test_planner_measured.py); NF4 with double quantisation is QLoRA's (arXiv 2305.14314, section 3).
@@ -120,9 +120,9 @@ class Peaks:
     kept_with_checkpointing: int
     kept_without_checkpointing: int
     one_block: int
-    """A block's activations, computed anew, and the gradients that walk back through it."""
+    """A block's activations, computed anew, the gradients on their way back through it, and the scores that are still held."""
     logits: int
-    """Scores of the completions' tokens over the vocabulary, with what the loss and its gradient make of them."""
+    """Scores of the completions' tokens over the vocabulary, their log-softmax, and the gradients of both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,15 +262,14 @@ def _dequantised(size: Dimensions, workload: Workload) -> int:
 def _peaks(size: Dimensions, workload: Workload, training: Training) -> Peaks:
     tokens, element = training.tokens, workload.element_bytes
     block = tokens * _kept_per_token(size, workload, training.rank)
-    # On the way back: the gradient of what the block gives, and those inside of the MLP, beside the adapter's share of each.
     back = tokens * element * (2 * size.hidden + 2 * size.mlp) + _dequantised(size, workload)
-    # The scores, in 32 bits where they were not; their log-softmax; the gradients of both.
-    each = 16 + (element if element < 4 else 0)
+    scores = training.scored * size.vocabulary
+    held = scores * (element + 4)  # the loss has names for them and for their 32-bit log-softmax until it returns
     return Peaks(
         kept_with_checkpointing=tokens * element * size.hidden * (size.layers + 1),
         kept_without_checkpointing=block * size.layers,
-        one_block=(block if training.checkpointing else 0) + back,
-        logits=training.scored * size.vocabulary * each,
+        one_block=(block if training.checkpointing else 0) + back + held,
+        logits=held + scores * 8,
     )
 
 
@@ -294,7 +293,7 @@ def _training(size: Dimensions, training: Training, peaks: Peaks) -> list[Part]:
     each = {Optimizer.ADAM: 8.0, Optimizer.ADAM_8BIT: _ADAM_8BIT_BYTES, Optimizer.ADAM_OFFLOADED: 0.0}
     kept = peaks.kept_with_checkpointing if training.checkpointing else peaks.kept_without_checkpointing
     how = "checkpointed" if training.checkpointing else "not checkpointed"
-    worst = "scores of the completions" if peaks.logits > peaks.one_block else "the way back through a block"
+    worst = "scores and their gradients" if peaks.logits > peaks.one_block else "the way back through a block"
     return [
         Part("trained adapter", 4 * weights, f"rank {training.rank}, {weights / 1e6:.1f} M weights in 32 bits"),
         Part("gradients", 4 * weights),
@@ -309,7 +308,7 @@ _CUDA_RUNTIME_BYTES = 600 * MIB
 _CPU_RUNTIME_BYTES = 600 * MIB
 """Python with torch, transformers and peft imported: 0.4 to 0.6 GiB (measured before the loads of the planner's test)."""
 _LIGHT_RUNTIME_BYTES = 150 * MIB
-"""Python with the daemon and llama.cpp, before a model is loaded."""
+"""Python with the daemon and llama.cpp, 55 MiB, and llama.cpp's vocabulary and buffers, 70 (measured with the starter)."""
 _FRAGMENTS = 0.05
 """Of what comes and goes: holes that the allocator cannot use (assumed)."""
 _SYSTEM_BYTES = 2 * GIB

@@ -20,8 +20,6 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
-PIECE = 64
-"""Tokens that are read at once: few, since the plan adds a serving step to training, and here the one follows the other."""
 
 
 def memory(field: str) -> int:
@@ -32,13 +30,13 @@ def memory(field: str) -> int:
     raise AssertionError(f"/proc/self/status has no {field}")
 
 
-def serve(model: Any, context_tokens: int, vocabulary: int) -> DynamicCache:
+def serve(model: Any, case: dict[str, Any]) -> DynamicCache:
     """Read a prompt as long as the context into a cache, piece by piece, and return it."""
-    cache = DynamicCache()
-    ids = torch.randint(0, vocabulary, (1, context_tokens))
+    cache, tokens, piece = DynamicCache(), case["context_tokens"], case["prefill_tokens"]
+    ids = torch.randint(0, case["config"]["vocab_size"], (1, tokens))
     with torch.inference_mode():
-        for start in range(0, context_tokens, PIECE):
-            model(ids[:, start : start + PIECE], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for start in range(0, tokens, piece):
+            model(ids[:, start : start + piece], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 
 
@@ -91,15 +89,16 @@ def main() -> None:
     # Everything once with a small model, so that what the libraries take for themselves is held before.
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 128}
     warm = kind(config(**(case["config"] | small | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})))
-    serve(warm, 2 * PIECE, 128)
-    train(warm, case | {"rank": 4, "row_tokens": 32, "scored_tokens": 8, "config": {"vocab_size": 128}})
+    few = {"context_tokens": 64, "rank": 4, "row_tokens": 32, "scored_tokens": 8, "config": {"vocab_size": 128}}
+    serve(warm, case | few)
+    train(warm, case | few)
     del warm
     before = memory("VmRSS")
     model = kind(config(**case["config"])).eval()
     loaded = memory("VmRSS")
     # Making a tied model holds a head of its own for a moment; loading one does not, and is not what is measured here.
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
-    cache = serve(model, case["context_tokens"], case["config"]["vocab_size"])
+    cache = serve(model, case)
     served = memory("VmHWM")
     loss = train(model, case) if case["rank"] else 0.0
     found = {
