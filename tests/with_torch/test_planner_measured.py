@@ -63,6 +63,8 @@ def measured(kind: str, workload: Workload) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.e2e  # of processes, and twenty seconds each: no part of the fast tests
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc")
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", CASES)
@@ -118,6 +120,7 @@ def test_weights_are_counted_as_transformers_does(name: str) -> None:
     assert memory.parameters(size) == pytest.approx(sum(each.numel() for each in model.parameters()), rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers so
 @pytest.mark.parametrize("kind", MODELS)
 def test_an_adapters_weights_are_counted_as_peft_does(kind: str) -> None:
     import torch
