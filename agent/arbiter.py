@@ -22,7 +22,6 @@ class Arbiter:
 
     def __init__(self, engine: Engine) -> None:
         """Take charge of `engine`, which nobody else may use from now on."""
-        self.context_tokens = engine.context_tokens
         self.on_gpu = engine.on_gpu
         self._engine = engine
         self._turn = asyncio.Lock()
@@ -34,6 +33,11 @@ class Arbiter:
         self._needed = asyncio.Event()  # set while there are completions or explanations
         self._free = asyncio.Event()  # set while there are none of both
         self._free.set()
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens of prompt and answer together, as of now."""
+        return self._engine.context_tokens
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
         """Return the tokens of `text`; needs no turn."""

@@ -65,7 +65,7 @@ async def run(files: Sequence[Path], positions: int, seed: int, advance: Callabl
             loaded = await prepare(model, engine)
             for number in range(positions):
                 text = texts[number % len(texts)]
-                prompt_ids = await _prompt(loaded, text, rng.randrange(len(text)))
+                prompt_ids = await prompt_at(loaded, text, rng.randrange(len(text)))
                 for kind, told in (await _compare(engine, prompt_ids, rng.randint(1, _MOST_TYPED))).items():
                     kinds[kind].append(told)
                 advance()
@@ -77,7 +77,8 @@ async def run(files: Sequence[Path], positions: int, seed: int, advance: Callabl
     return found
 
 
-async def _prompt(loaded: LoadedModel, text: str, cursor: int) -> tuple[int, ...]:
+async def prompt_at(loaded: LoadedModel, text: str, cursor: int) -> tuple[int, ...]:
+    """Return the prompt for a place of a text, cut to what is read when the cursor comes to a new place."""
     head = text[max(0, cursor - _PREFIX_CHARS) : cursor]
     line = head.rfind("\n") + 1
     pieces = fim.render(

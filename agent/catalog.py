@@ -143,6 +143,11 @@ def directory(name: str) -> Path:
     return paths.models_dir() / name
 
 
+def dequantised_dir(sha256: str) -> Path:
+    """Return where the weights of a GGUF file with that hash lie, or would lie, unpacked for transformers."""
+    return paths.data_dir() / "dequantised" / sha256
+
+
 def is_pulled(name: str) -> bool:
     """Tell whether the model `name` is on this machine."""
     return (directory(name) / _MANIFEST).is_file()
@@ -217,21 +222,41 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def remove(name: str) -> None:
-    """Delete a pulled model.
+    """Delete a pulled model, and what was unpacked from it. Of a file of the user's own, only the latter goes.
 
     Raises:
-        UnknownModelError: No model of that name.
-        ModelMissingError: It is not on this machine.
+        UnknownModelError: No model of that name, no such path.
+        ModelMissingError: There is nothing of it on this machine.
     """
-    entry(name)
+    if name not in entries():
+        model = _find_path(name)
+        if model.format != "gguf" or not _delete(dequantised_dir(model.sha256)):
+            raise ModelMissingError(f"nothing was unpacked from {name!r}; the file itself is yours to remove")
+        return
     folder = directory(name)
     if not folder.exists():
         raise ModelMissingError(f"the model {name!r} is not on this machine; nothing to remove")
+    for sha256 in _hashes_of(name):
+        _delete(dequantised_dir(sha256))
+    _delete(folder)
+
+
+def _hashes_of(name: str) -> list[str]:
+    try:
+        return [stored.sha256 for stored in read_manifest(name).files if stored.path.endswith(".gguf")]
+    except ModelCorruptError:  # removing is what mends it
+        return [entry(name).sha256] if entry(name).sha256 else []
+
+
+def _delete(folder: Path) -> bool:
+    if not folder.exists():
+        return False
     # Renamed first, so that a crash half-way never leaves a model that looks whole.
-    doomed = folder.with_name(f".{name}.removed")
+    doomed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed)
+    return True
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:

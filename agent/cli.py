@@ -345,8 +345,10 @@ def model_path(name: Annotated[str, typer.Argument(help="A name of `tabwise mode
 
 
 @models.command("remove")
-def remove_model(name: Annotated[str, typer.Argument(help="A name of `tabwise models list`.")]) -> None:
-    """Delete a model from this machine."""
+def remove_model(
+    name: Annotated[str, typer.Argument(help="A name of `tabwise models list`, or the path of a GGUF file.")],
+) -> None:
+    """Delete a model from this machine, with what was unpacked from it; of a file of your own, only the latter."""
     catalog.remove(name)
     typer.echo(f"removed {name}")
 
@@ -467,6 +469,36 @@ def bench_cache(
     with Progress(*columns, console=err) as progress:
         task = progress.add_task("places", total=positions)
         found = asyncio.run(cache_bench.run(files, positions, seed, lambda: progress.advance(task)))
+    _show_figures(found, as_json)
+
+
+@bench.command("loop")
+def bench_loop(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Files in which the cursor is put.")],
+    positions: Annotated[int, typer.Option(min=1, help="Places at which texts are compared, over all files.")] = 100,
+    keys: Annotated[int, typer.Option(min=1, help="Steps of typing that are replayed, over all files.")] = 40,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a completion.")] = 24,
+    seed: Annotated[int, typer.Option(help="Chooses the places and the steps.")] = 1,
+    model: Annotated[str | None, typer.Option(help="A model's name or path; model.name if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Our decode loop in transformers beside `generate`: the same texts, and how much sooner."""
+    from agent import loop_bench
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as progress:
+        task = progress.add_task("completions", total=loop_bench.steps(positions, keys))
+        found = asyncio.run(
+            loop_bench.run(
+                files,
+                positions=positions,
+                keys=keys,
+                new_tokens=new_tokens,
+                seed=seed,
+                model_name=model,
+                advance=lambda: progress.advance(task),
+            )
+        )
     _show_figures(found, as_json)
 
 

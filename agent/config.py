@@ -45,10 +45,16 @@ class EngineSettings(_Section):
         0,
         ge=0,
         le=2048,
-        description="Prompt tokens computed in one go; 0 for 7 on a CPU and 512 on a GPU. A cancelled request holds the "
-        "engine for up to two batches (0.2 s at 7 on 2 cores, calculated). More read long prompts faster (25 % at 16), but from 8 on "
-        "sums come out a little different for every size, so that caches can change a completion where two tokens are "
-        "nearly as likely.",
+        description="Prompt tokens computed in one go; 0 for 512 on a GPU, and on a CPU for 7 in llama.cpp and 64 in "
+        "transformers. A cancelled request holds the engine for up to two batches (0.2 s at 7 on 2 cores, calculated). "
+        "More read long prompts faster (25 % at 16), but in llama.cpp sums come out a little different for every size "
+        "from 8 on, so that caches can change a completion where two tokens are nearly as likely.",
+    )
+    quantisation: Literal["auto", "nf4", "int8", "bf16", "fp32"] = Field(
+        "auto",
+        description="How transformers holds a model's weights: `nf4` in four bits, `int8` in eight, `bf16` in sixteen, "
+        "`fp32` in thirty-two. `auto` takes `bf16` on a GPU where that fits, else `nf4`; on a CPU `fp32`, else `bf16`, "
+        "which is slow there. A GGUF file in llama.cpp stays as it is.",
     )
     gpu_layers: int = Field(
         -1, ge=-1, le=1000, description="Layers that llama.cpp puts on a GPU, where it was built for one; -1 for all."

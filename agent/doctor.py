@@ -4,6 +4,7 @@ Looks and reports; changes nothing. A finding that keeps Tabwise from working sa
 """
 
 import importlib.metadata
+import importlib.util
 import platform
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from agent import catalog, config, machine, paths, planning
+from agent.catalog import LocalModel
 from agent.errors import TabwiseError
 from agent.memory import Device
 from agent.version import __version__
@@ -107,12 +109,48 @@ def _model(settings: config.Settings) -> Iterator[Finding]:
     size = _size(model.path)
     yield Finding("model", True, f"{name}: {model.path} ({size / 1e6:.0f} MB)")
     yield _memory(name, model.format)
-    engine = "llama.cpp" if model.format == "gguf" else "none in this version: choose a GGUF file"
+    yield from _engine(model, settings)
+
+
+def _engine(model: LocalModel, settings: config.Settings) -> Iterator[Finding]:
+    threads = f"{settings.engine.threads or psutil.cpu_count(logical=False)} threads"
+    if model.format == "gguf":
+        yield Finding("engine", True, f"llama.cpp, {threads}")
+        return
+    versions = {name: _version(name) for name in ("torch", "transformers", "bitsandbytes")}
+    if missing := [name for name, version in versions.items() if version is None]:
+        yield Finding(
+            "engine",
+            False,
+            f"transformers, but {', '.join(missing)} is not installed",
+            "make train-deps, or a GGUF file",
+        )
+        return
+    on_gpu = _torch_on_gpu()
+    where = "a GPU" if on_gpu else f"the CPU, {threads}"
+    held = settings.engine.quantisation
     yield Finding(
         "engine",
-        model.format == "gguf",
-        f"{engine}, {settings.engine.threads or psutil.cpu_count(logical=False)} threads",
+        True,
+        f"transformers {versions['transformers']}, torch {versions['torch']} on {where}, engine.quantisation = {held}",
     )
+    if not on_gpu and held in ("nf4", "int8", "bf16"):
+        yield Finding(
+            "quantisation", None, f"{held} is slow on most CPUs", 'engine.quantisation = "fp32", or a GGUF file'
+        )
+    yield Finding(
+        "figures",
+        None,
+        f"what is measured here is a {'GPU' if on_gpu else 'CPU'}'s; README and LOG.md say of each figure where it was taken",
+    )
+
+
+def _torch_on_gpu() -> bool:
+    # Importing it takes two seconds: its files tell whether it was built for NVIDIA's, the driver whether there is one.
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None or shutil.which("nvidia-smi") is None:
+        return False
+    return (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists()
 
 
 def _memory(name: str, model_format: str) -> Finding:

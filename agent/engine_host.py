@@ -17,7 +17,7 @@ from agent import catalog
 from agent.catalog import LocalModel
 from agent.crash_guard import CrashGuard
 from agent.engines.base import Engine
-from agent.errors import EngineError, TabwiseError, UnknownModelError
+from agent.errors import EngineError, TabwiseError
 from agent.loaded import LoadedModel, prepare
 
 log = logging.getLogger(__name__)
@@ -153,10 +153,6 @@ class EngineHost:
         self.state, self.error = HostState.LOADING, None
         try:
             model = await asyncio.to_thread(catalog.find, self.name)
-            if model.format != "gguf":
-                raise UnknownModelError(
-                    f"{self.name} is a model folder for transformers, this version serves GGUF files; choose one in model.name"
-                )
             self._guard.loading(self.name)
             loaded = await self._understood(model)
             self._guard.serving(self.name)

@@ -4,12 +4,13 @@ Turns pieces of a prompt into token ids; knows no documents. The check that ever
 loaded tokenizer is made here, once.
 """
 
+import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from agent import fim, gguf_header
+from agent import fim, gguf_header, tokenizer_json
 from agent.arbiter import Arbiter
 from agent.catalog import LocalModel
 from agent.engines.base import Engine, Token
@@ -58,7 +59,7 @@ class LoadedModel:
 
 async def prepare(model: LocalModel, engine: Engine) -> LoadedModel:
     """Find out how the model that `engine` has loaded wants to be asked."""
-    fmt = _format_of(model)
+    fmt = await asyncio.to_thread(_format_of, model)  # reads a file with 150,000 words
     sentinel_ids: dict[str, int] = {}
     for sentinel in fmt.sentinels() if fmt else ():
         tokens = await engine.tokenize(sentinel, special=True)
@@ -77,4 +78,5 @@ async def prepare(model: LocalModel, engine: Engine) -> LoadedModel:
 def _format_of(model: LocalModel) -> FimFormat | None:
     if model.fim is not None:
         return fim.FORMATS.get(model.fim)
-    return fim.detect(gguf_header.read(model.path).vocabulary) if model.format == "gguf" else None
+    words = gguf_header.read(model.path).vocabulary if model.format == "gguf" else tokenizer_json.vocabulary(model.path)
+    return fim.detect(words)

@@ -126,12 +126,13 @@ def workload_for(subject: Architecture, asked: Asked, held: Budget) -> Workload:
         served_rank=asked.rank,
         training=_training(subject, asked, held.device) if asked.train else None,
     )
+    choices: Sequence[Quantisation] = _PREFERRED[held.device]
     if asked.quantisation != AUTO:
-        choices: Sequence[Quantisation] = (_one_of(Quantisation, asked.quantisation, "--quantisation"),)
+        choices = (_one_of(Quantisation, asked.quantisation, "--quantisation"),)
     elif subject.format == "gguf" and not asked.train:
         choices = (Quantisation.GGUF,)
-    else:
-        choices = _PREFERRED[held.device]
+    elif settings.quantisation != AUTO:
+        choices = (Quantisation(settings.quantisation),)
     if Quantisation.GGUF in choices:
         if subject.format != "gguf" or asked.train:
             what = "training takes nf4, int8, bf16 or fp32" if asked.train else f"{subject.name} is no GGUF file"

@@ -31,7 +31,7 @@ from agent.crash_guard import CrashGuard
 from agent.daemon import Daemon, create_app
 from agent.engine_host import EngineHost, Load
 from agent.engines.base import Engine
-from agent.errors import DaemonError, TabwiseError
+from agent.errors import DaemonError, TabwiseError, UnknownModelError
 from agent.version import __version__
 
 log = logging.getLogger(__name__)
@@ -206,6 +206,10 @@ def _token(runtime: Path) -> str:
 
 def _llamacpp(settings: Settings, runtime: Path) -> Load:
     async def load(model: LocalModel) -> Engine:
+        if model.format != "gguf":
+            raise UnknownModelError(
+                f"{model.name} is a model folder, llama.cpp takes GGUF files; choose one in model.name"
+            )
         from agent.engines.llamacpp import LlamaCppEngine  # 100 MB of native code, wanted only when a model is
 
         return await LlamaCppEngine.load(model.path, settings.engine, runtime)

@@ -6,7 +6,17 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from agent.catalog import LocalModel
-from agent.engines.base import Adapter, Alternative, Decoded, Engine, Event, Finished, GenerationRequest, Prefilled, Token
+from agent.engines.base import (
+    Adapter,
+    Alternative,
+    Decoded,
+    Engine,
+    Event,
+    Finished,
+    GenerationRequest,
+    Prefilled,
+    Token,
+)
 from agent.errors import PromptTooLongError
 from agent.types import Chat, Completion, CompletionRequest, Source, StopReason, Timing
 

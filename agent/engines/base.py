@@ -110,10 +110,12 @@ class Token:
 class Engine(Protocol):
     """A loaded model."""
 
-    context_tokens: int
-    """Most tokens of prompt and answer together."""
     on_gpu: bool
     """Whether a GPU computes: prompts are then read ten times as fast and more."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens of prompt and answer together. May shrink, where the device turns out to have too little memory."""
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
         """Return the tokens of `text`.

@@ -103,10 +103,12 @@ def test_what_cannot_be_is_named(world: World, name: str, asked: Asked, told: st
 
 
 def test_settings_hold_where_nothing_is_said(world: World) -> None:
-    world.config.write_text("[engine]\ncontext_tokens = 8192\ncompletion_slots = 2\n")
+    world.config.write_text("[engine]\ncontext_tokens = 8192\ncompletion_slots = 2\nquantisation = "int8"\n")
     assert planning.plan_for("qwen2.5-coder-7b", Asked(), CARD).plan.workload.context_tokens == 8192
     assert planning.plan_for("phi-2", Asked(), CARD).plan.workload.context_tokens == 2048  # all that it has
     assert planning.plan_for("starter", Asked(), RAM).plan.workload.caches == 3
+    for name, kind in (("phi-2", Quantisation.INT8), ("starter", Quantisation.GGUF)):
+        assert planning.plan_for(name, Asked(), CARD).plan.workload.quantisation is kind
 
 
 def test_smaller_models_are_of_the_same_kind() -> None:

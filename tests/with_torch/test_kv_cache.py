@@ -1,0 +1,145 @@
+"""Keys and values that are kept: the same numbers as the library's, wherever they come from."""
+
+import random
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed; make train-deps")
+
+from transformers import MambaConfig, Qwen2Config
+from transformers.cache_utils import DynamicLayer
+
+from agent.engines import kv_cache
+from agent.engines.base import GenerationRequest, Task
+from agent.engines.kv_cache import PrefixCache, RoomyLayer, Shelf, n_cached_layers
+from agent.errors import UnknownModelError
+
+
+def states(count: int, seed: int) -> tuple[Any, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, 2, count, 4, generator=generator), torch.randn(1, 2, count, 6, generator=generator)
+
+
+def test_a_roomy_layer_is_the_librarys_but_for_its_room() -> None:
+    rng = random.Random(1)
+    ours, theirs = RoomyLayer(), DynamicLayer()
+    for number in range(200):
+        if rng.random() < 0.3 and ours.get_seq_length():
+            count = rng.randint(0, ours.get_seq_length())
+            ours.crop(-count)
+            theirs.crop(-count)
+        else:
+            keys, values = states(rng.randint(1, 40), number)
+            for one, other in zip(ours.update(keys, values), theirs.update(keys, values), strict=True):
+                assert torch.equal(one, other)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert ours.get_mask_sizes(3) == theirs.get_mask_sizes(3)
+    assert ours.get_seq_length() > 256  # it had to make room more than once
+
+
+def fill(cache: PrefixCache, ids: list[int]) -> None:
+    """Have it hold keys and values that tell their token."""
+    for layer in cache.layers.layers:
+        column = torch.tensor(ids, dtype=torch.float32).view(1, 1, -1, 1)
+        layer.update(column.expand(1, 2, -1, 4), column.expand(1, 2, -1, 4))
+    cache.ids += ids
+
+
+def held(cache: PrefixCache) -> list[list[int]]:
+    return [layer.keys[0, 0, :, 0].int().tolist() for layer in cache.layers.layers]
+
+
+def ask(*prompt: int, **more: Any) -> tuple[GenerationRequest, list[int]]:
+    return GenerationRequest(prompt, 8, **more), list(prompt)
+
+
+def test_what_is_common_is_kept() -> None:
+    shelf = Shelf(2, 2)
+    cache, tail = shelf.take(*ask(1, 2, 3))
+    assert tail == []
+    fill(cache, [1, 2, 3, 4, 5])
+    again, tail = shelf.take(*ask(1, 2, 3))
+    assert again is cache
+    assert (cache.ids, tail) == ([1, 2, 3], [4, 5])
+    assert held(cache) == [[1, 2, 3]] * 2
+    other, tail = shelf.take(*ask(1, 2, 9))
+    assert (other.ids, tail) == ([1, 2], [])
+    assert shelf.held([1, 2, 9, 9]) == 2
+
+
+def test_another_place_gives_what_it_has() -> None:
+    shelf = Shelf(2, 3)
+    first, _ = shelf.take(*ask(*range(1, 11)))
+    fill(first, list(range(1, 11)))
+    # Shares a fifth: too little to take the slot, but not to be copied.
+    second, _ = shelf.take(*ask(1, 2, *range(50, 58)))
+    assert second is not first
+    assert held(second) == [[1, 2]] * 2
+    assert held(first) == [list(range(1, 11))] * 2
+    fill(second, [50])
+    assert held(first)[0] == list(range(1, 11))
+    explanation, _ = shelf.take(*ask(1, 2, 3, task=Task.EXPLANATION))
+    assert explanation not in (first, second)
+    assert held(explanation)[0] == [1, 2, 3]
+
+
+def test_each_adapter_computes_for_itself() -> None:
+    shelf = Shelf(2, 2)
+    bare, _ = shelf.take(*ask(1, 2, 3, 4))
+    fill(bare, [1, 2, 3, 4])
+    with_a, _ = shelf.take(*ask(1, 2, 3, 4, adapter="a"))
+    assert with_a is not bare
+    assert with_a.ids == []
+    fill(with_a, [1, 2, 3])
+    assert shelf.held([1, 2, 3, 4]) == 3  # with the adapter that was asked for last
+    shelf.take(*ask(1, 2, 3, 4))
+    assert shelf.held([1, 2, 3, 4]) == 4
+    shelf.forget(lambda name: name == "a")
+    assert (with_a.ids, with_a.nbytes) == ([], 0)
+    assert bare.ids == [1, 2, 3, 4]
+
+
+def test_uncached_means_uncached() -> None:
+    shelf = Shelf(2, 2)
+    cache, _ = shelf.take(*ask(1, 2, 3))
+    fill(cache, [1, 2, 3])
+    again, tail = shelf.take(*ask(1, 2, 3, cached=False))
+    assert again is cache
+    assert (again.ids, tail) == ([], [])
+
+
+def test_giving_up_frees_all_but_one() -> None:
+    shelf = Shelf(2, 3)
+    kept, _ = shelf.take(*ask(1, 2))
+    other, _ = shelf.take(*ask(5, 6))
+    for cache, ids in ((kept, [1, 2]), (other, [5, 6])):
+        fill(cache, ids)
+    before = shelf.nbytes
+    assert shelf.give_up_others(kept) == before - kept.nbytes > 0
+    assert (kept.ids, other.ids) == ([1, 2], [])
+    assert shelf.give_up_others(kept) == 0
+    assert shelf.give_up_others() == kept_bytes(before)
+
+
+def kept_bytes(before: int) -> int:
+    return before // 2
+
+
+def test_a_copy_for_which_there_is_no_room_is_read_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf(2, 2)
+    first, _ = shelf.take(*ask(*range(1, 11)))
+    fill(first, list(range(1, 11)))
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(kv_cache.PrefixCache, "copy", full)
+    second, tail = shelf.take(*ask(1, 2, *range(50, 58)))
+    assert (second.ids, tail) == ([], [])
+
+
+def test_layers_that_cannot_be_taken_back_are_refused() -> None:
+    assert n_cached_layers(Qwen2Config(num_hidden_layers=3), "qwen") == 3
+    with pytest.raises(UnknownModelError, match="mamba keeps states that cannot be taken back"):
+        n_cached_layers(MambaConfig(num_hidden_layers=2), "mamba")
