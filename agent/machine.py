@@ -18,6 +18,8 @@ class Gpu:
     """An NVIDIA GPU."""
 
     name: str
+    driver: str
+    """Version of its driver."""
     total_bytes: int
     free_bytes: int
 
@@ -27,7 +29,7 @@ def gpu() -> Gpu | None:
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
-    query = ["--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    query = ["--query-gpu=name,driver_version,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run([command, *query], capture_output=True, text=True, timeout=_SMI_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -39,11 +41,10 @@ def gpu() -> Gpu | None:
 
 def parse(answer: str) -> Gpu | None:
     """Return the first GPU of nvidia-smi's answer, whose sizes are in MiB; None where it is no such answer."""
-    name, *sizes = (field.strip() for field in answer.strip().split("\n")[0].rsplit(",", 2))
-    if len(sizes) != 2 or not all(size.isdigit() for size in sizes):
+    fields = [field.strip() for field in answer.strip().split("\n")[0].rsplit(",", 3)]
+    if len(fields) != 4 or not (fields[2].isdigit() and fields[3].isdigit()):
         return None
-    total, free = (int(size) << 20 for size in sizes)
-    return Gpu(name, total, free)
+    return Gpu(fields[0], fields[1], int(fields[2]) << 20, int(fields[3]) << 20)
 
 
 def ram_bytes() -> int:

@@ -303,7 +303,7 @@ def _training(size: Dimensions, training: Training, peaks: Peaks) -> list[Part]:
     ]
 
 
-_CUDA_RUNTIME_BYTES = 600 * MIB
+CUDA_RUNTIME_BYTES = 600 * MIB
 """CUDA's context with the kernels of torch, cuBLAS and bitsandbytes, and cuBLAS's workspace (assumed)."""
 _CPU_RUNTIME_BYTES = 600 * MIB
 """Python with torch, transformers and peft imported: 0.4 to 0.6 GiB (measured before the loads of the planner's test)."""
@@ -318,7 +318,7 @@ _SYSTEM_BYTES = 2 * GIB
 def _allowances(workload: Workload, held: list[Part]) -> list[Part]:
     come_and_go = sum(part.bytes for part in held if part.name not in ("layers", "embeddings", "head"))
     if workload.device is Device.CUDA:
-        runtime = Part("runtime", _CUDA_RUNTIME_BYTES, "CUDA context and kernels, assumed")
+        runtime = Part("runtime", CUDA_RUNTIME_BYTES, "CUDA context and kernels, assumed")
         return [runtime, Part("fragments", round(_FRAGMENTS * come_and_go), "holes in the allocator's blocks, assumed")]
     light = workload.quantisation is Quantisation.GGUF
     return [

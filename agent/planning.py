@@ -4,7 +4,6 @@ Finds the device whose memory counts and the settings that hold where nothing el
 the advice is `fitting.py`'s.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 
 from rich.table import Table
 
-from agent import architecture, catalog, config, fitting, machine, memory
+from agent import architecture, catalog, config, fitting, machine, memory, units
 from agent.architecture import Architecture
 from agent.errors import InputError
 from agent.fitting import Fit
@@ -21,8 +20,6 @@ from agent.memory import GIB, Device, Optimizer, Plan, Quantisation, Training, W
 E = TypeVar("E", bound=StrEnum)
 
 AUTO = "auto"
-_UNITS = {"mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_AMOUNT = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]i?b)", re.IGNORECASE)
 _MOST_RANK = 256  # as for adapters
 _MOST_PAIRS = 1024  # in one pass; whoever means more has mistyped
 _PREFERRED = {
@@ -57,22 +54,6 @@ class Budget:
     source: str
 
 
-def parse_memory(text: str) -> int:
-    """Return the bytes that "12GiB" or "12000 MB" stand for.
-
-    Raises:
-        InputError: It is no amount of memory, or none.
-    """
-    found = _AMOUNT.fullmatch(text.strip())
-    unit = _UNITS.get(found[2].lower()) if found else None
-    if found is None or unit is None:
-        raise InputError(f"--memory is {text!r:.40}; give a number with a unit, 12GiB or 16000MB for example")
-    n_bytes = round(float(found[1]) * unit)
-    if not 1 << 20 <= n_bytes <= 1 << 50:
-        raise InputError(f"--memory is {text!r:.40}, which no device has; give 12GiB for example")
-    return n_bytes
-
-
 def budget(asked: Asked) -> Budget:
     """Return the memory to plan for: the one that is named, the GPU's where there is one, else the machine's.
 
@@ -81,7 +62,7 @@ def budget(asked: Asked) -> Budget:
     """
     device = None if asked.device == AUTO else _one_of(Device, asked.device, "--device")
     if asked.memory is not None:
-        return Budget(parse_memory(asked.memory), device or Device.CUDA, "as given")
+        return Budget(units.parse_memory(asked.memory), device or Device.CUDA, "as given")
     if device is not Device.CPU:
         card = machine.gpu()
         if card is not None:

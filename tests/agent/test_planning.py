@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import architecture, machine, planning
+from agent import architecture, machine, planning, units
 from agent.errors import InputError
 from agent.machine import Gpu
 from agent.memory import GIB, Device, Quantisation
@@ -29,7 +29,7 @@ RAM = Budget(24 * GIB, Device.CPU, "this machine's RAM")
     ],
 )
 def test_amounts_of_memory(text: str, n_bytes: int) -> None:
-    assert planning.parse_memory(text) == n_bytes
+    assert units.parse_memory(text) == n_bytes
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_amounts_of_memory(text: str, n_bytes: int) -> None:
 )
 def test_what_is_no_amount_of_memory(text: str) -> None:
     with pytest.raises(InputError, match=r"--memory is") as caught:
-        planning.parse_memory(text)
+        units.parse_memory(text)
     assert "\n" not in str(caught.value)
 
 
@@ -47,7 +47,7 @@ def test_the_device_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planning.budget(Asked()) == Budget(16 * GIB, Device.CPU, "this machine's RAM")
     with pytest.raises(InputError, match="no NVIDIA GPU is here"):
         planning.budget(Asked(device="cuda"))
-    monkeypatch.setattr(machine, "gpu", lambda: Gpu("A card", 12 * GIB, 11 * GIB))
+    monkeypatch.setattr(machine, "gpu", lambda: Gpu("A card", "580.1", 12 * GIB, 11 * GIB))
     assert planning.budget(Asked()) == Budget(12 * GIB, Device.CUDA, "A card, 11.0 GiB of it free now")
     assert planning.budget(Asked(device="cpu")).device is Device.CPU
     assert planning.budget(Asked(memory="8GiB")) == Budget(8 * GIB, Device.CUDA, "as given")
@@ -55,9 +55,9 @@ def test_the_device_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_driver_says() -> None:
-    card = machine.parse("NVIDIA GeForce RTX 4070 Ti, 12282, 11000\nAnother, 1, 1\n")
-    assert card == Gpu("NVIDIA GeForce RTX 4070 Ti", 12282 << 20, 11000 << 20)
-    for answer in ("", "No devices were found", "A card, [N/A], [N/A]", "a, b"):
+    card = machine.parse("NVIDIA GeForce RTX 4070 Ti, 580.95.05, 12282, 11000\nAnother, 1, 1, 1\n")
+    assert card == Gpu("NVIDIA GeForce RTX 4070 Ti", "580.95.05", 12282 << 20, 11000 << 20)
+    for answer in ("", "No devices were found", "A card, 580.1, [N/A], [N/A]", "a, b"):
         assert machine.parse(answer) is None
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from transformers import Starcoder2Config, Starcoder2ForCausalLM
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
+
+from agent import trial_step
 
 KINDS: dict[str, tuple[Any, Any]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
 }
 
 
@@ -41,44 +40,21 @@ def serve(model: Any, case: dict[str, Any]) -> DynamicCache:
 
 
 def train(model: Any, case: dict[str, Any]) -> float:
-    """Do two DPO steps of two pairs each, against reference log-probabilities that are known, and return the last loss.
+    """Do two DPO steps of two pairs each, and return the last loss.
 
     Only in the second step are the optimizer's states there while activations are, and only with the second pair the
     gradients of the first.
     """
     tokens, scored, vocabulary = case["row_tokens"], case["scored_tokens"], case["config"]["vocab_size"]
-    policy = get_peft_model(model, LoraConfig(r=case["rank"], target_modules="all-linear", lora_dropout=0.0))
-    policy.train()
-    if case["checkpointing"]:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-4, foreach=False)
+    policy = trial_step.policy_of(model, case["rank"], checkpointing=case["checkpointing"])
+    optimizer = trial_step.optimizer_for(policy)
     loss = 0.0
     for _ in range(2):
         for _ in range(2):
-            ids = torch.randint(0, vocabulary, (2, tokens))  # (chosen and rejected, T)
-            loss = backward(policy, ids, scored)
+            loss = trial_step.backward(policy, torch.randint(0, vocabulary, (2, tokens)), scored)
         optimizer.step()
         optimizer.zero_grad()
     return loss
-
-
-def backward(policy: Any, ids: torch.Tensor, scored: int) -> float:
-    """Add the gradients of one pair's loss.
-
-    Args:
-        policy: A model with an adapter.
-        ids: Chosen and rejected row (2, T).
-        scored: How many tokens at the end of each are the completion's.
-    """
-    mask = torch.ones_like(ids)
-    mask[1, :7] = 0  # the rejected row is shorter
-    logits = policy(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=scored + 1).logits
-    chances = torch.log_softmax(logits[:, :-1].float(), dim=-1)  # (2, scored, V)
-    chosen, rejected = chances.gather(-1, ids[:, -scored:, None]).sum((1, 2))
-    reference = (chosen - rejected).detach()
-    loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected - reference))
-    loss.backward()
-    return float(loss.detach())
 
 
 def main() -> None:
