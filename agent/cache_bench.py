@@ -77,15 +77,21 @@ async def run(files: Sequence[Path], positions: int, seed: int, advance: Callabl
     return found
 
 
-async def prompt_at(loaded: LoadedModel, text: str, cursor: int) -> tuple[int, ...]:
-    """Return the prompt for a place of a text, cut to what is read when the cursor comes to a new place."""
-    head = text[max(0, cursor - _PREFIX_CHARS) : cursor]
+async def prompt_at(
+    loaded: LoadedModel,
+    text: str,
+    cursor: int,
+    prefix_chars: int = _PREFIX_CHARS,
+    suffix_chars: int = _SUFFIX_CHARS,
+) -> tuple[int, ...]:
+    """Return the prompt for a place of a text; if not said otherwise, cut to what is read at a new place."""
+    head = text[max(0, cursor - prefix_chars) : cursor]
     line = head.rfind("\n") + 1
     pieces = fim.render(
         loaded.fim,
         head=head[:line],
         live=head[line:],
-        suffix=text[cursor : cursor + _SUFFIX_CHARS],
+        suffix=text[cursor : cursor + suffix_chars],
         path="a",
         snippets=(),
     )

@@ -477,7 +477,7 @@ def bench_loop(
     files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Files in which the cursor is put.")],
     positions: Annotated[int, typer.Option(min=1, help="Places at which texts are compared, over all files.")] = 100,
     keys: Annotated[int, typer.Option(min=1, help="Steps of typing that are replayed, over all files.")] = 40,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a completion.")] = 24,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a completion.")] = 16,
     seed: Annotated[int, typer.Option(help="Chooses the places and the steps.")] = 1,
     model: Annotated[str | None, typer.Option(help="A model's name or path; model.name if not given.")] = None,
     as_json: Json = False,

@@ -25,6 +25,7 @@ from agent.loaded import LoadedModel, prepare
 
 _ALTERNATIVES = 10  # where two texts part, the other's token is nearly always among them
 _MOST_TYPED = 3  # tokens by which a prompt grows: a key is one at most, a completion that was accepted several
+_PREFIX_CHARS, _SUFFIX_CHARS = 1300, 430  # where typing is replayed: the 384 and 128 tokens of the settings, about
 _ASTRAY_ID = 11  # of any token, in place of what was typed then
 _REPETITIVE_PLACES = 8  # of the built-in code
 
@@ -181,7 +182,7 @@ async def _places(subject: _Subject, texts: Sequence[str], positions: int, rng: 
     for number in range(positions):
         text = texts[number % len(texts)]
         prompt = await cache_bench.prompt_at(subject.loaded, text, rng.randrange(len(text)))
-        typed = min(rng.randint(1, _MOST_TYPED), len(prompt) - 1)
+        typed = rng.randint(1, _MOST_TYPED)
         # As it comes about: read in advance, asked for while typing, once with a slip.
         for before, count in ((prompt[:-typed], 0), (prompt[:-typed], 2), ((*prompt[:-typed], _ASTRAY_ID), 4)):
             await subject.ours(subject.drafts, before, count)
@@ -197,7 +198,7 @@ async def _typing(subject: _Subject, texts: Sequence[str], keys: int, rng: rando
     for number, text in enumerate(texts):
         share = keys // len(texts) + (number < keys % len(texts))
         cursor = rng.randrange(max(1, len(text) * 3 // 4))
-        prompt = list(await cache_bench.prompt_at(subject.loaded, text, cursor))
+        prompt = list(await cache_bench.prompt_at(subject.loaded, text, cursor, _PREFIX_CHARS, _SUFFIX_CHARS))
         typing = [token.id for token in await subject.drafts.tokenize(text[cursor : cursor + 40 * share + 40])]
         for engine in (subject.caches, subject.drafts):
             await subject.ours(engine, prompt, 0)  # read while nobody types, as the language server has it done

@@ -86,11 +86,11 @@ class PrefixCache:
         """Return how many tokens are here."""
         return len(self.ids)
 
-    def shared(self, ids: Sequence[int], adapter: str | None) -> int:
+    def shared(self, ids: list[int], adapter: str | None) -> int:
         """Return how many tokens at the beginning of `ids` are here, as this adapter computes them."""
         return common(self.ids, ids) if adapter == self.adapter else 0
 
-    def keep(self, ids: Sequence[int], adapter: str | None) -> None:
+    def keep(self, ids: list[int], adapter: str | None) -> None:
         """Keep what belongs to the beginning of `ids`, and nothing else."""
         self.crop(self.shared(ids, adapter))
         self.adapter = adapter
@@ -155,7 +155,7 @@ class Shelf:
             cache = self._completions[slot]
             self._latest_adapter = request.adapter
         if not request.cached:
-            cache.keep((), request.adapter)
+            cache.keep([], request.adapter)
             return cache, []
         shares = [each.shared(prompt, request.adapter) for each in self._all()]
         richest = self._all()[shares.index(max(shares))]
@@ -178,7 +178,8 @@ class Shelf:
 
         May be called from any thread: a list of ids that grows meanwhile is looked at as it was or as it is.
         """
-        return max(each.shared(prompt_ids, self._latest_adapter) for each in self._completions)
+        ids = list(prompt_ids)
+        return max(each.shared(ids, self._latest_adapter) for each in self._completions)
 
     def forget(self, adapters: Callable[[str | None], bool]) -> None:
         """Give up the caches of those adapters for which the answer is yes."""

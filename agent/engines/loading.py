@@ -7,7 +7,6 @@ Invariant: a module is returned only if every weight of it came from the files. 
 """
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 
 from agent.catalog import LocalModel
 from agent.engines import dequantised, out_of_memory, quantisation
+from agent.engines.offline import stay_offline
 from agent.engines.quantisation import Device, Needs, Quantisation
 from agent.engines.vocabulary import Vocabulary
 from agent.errors import EngineError, ModelCorruptError, TabwiseError
@@ -54,7 +54,7 @@ def load(model: LocalModel, wanted: str, needs: Needs | None = None) -> LoadedTr
         ModelCorruptError: Files are missing, cut, or of a kind that transformers does not know.
         MemoryFullError: There is no room for it.
     """
-    _stay_offline()
+    stay_offline()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tree = _load(model, wanted, needs, device)
@@ -87,20 +87,14 @@ def _told(error: Exception, name: str, device: torch.device) -> TabwiseError:
     return ModelCorruptError(f"transformers cannot load {name}: {reason:.300}; pull or copy the model again")
 
 
-def _stay_offline() -> None:
-    # Read when the libraries are imported. Whatever is missing is missing: nothing is fetched at run time.
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
-        os.environ[name] = "1"
-    # It tells with each layer of each pass that eight bits are reached by way of sixteen.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
 def _be_quiet() -> None:
     from transformers.utils import logging as theirs
 
     library: Any = theirs
     library.set_verbosity_error()  # what matters of it is checked here, and told in one line
     library.disable_progress_bar()
+    # It tells with each layer of each pass that eight bits are reached by way of sixteen.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _facts_of(device: torch.device) -> Device:

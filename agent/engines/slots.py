@@ -56,4 +56,4 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
     shortest = min(len(one), len(other))
     if one[:shortest] == other[:shortest]:
         return shortest
-    return next(index for index in range(shortest) if one[index] != other[index])
+    return next((index for index in range(shortest) if one[index] != other[index]), shortest)

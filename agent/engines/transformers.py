@@ -18,6 +18,7 @@ import psutil
 from agent.catalog import LocalModel
 from agent.config import EngineSettings
 from agent.engines.base import Adapter, Event, GenerationRequest, Token
+from agent.engines.offline import stay_offline
 from agent.engines.quantisation import Needs, Quantisation
 from agent.engines.worker import Worker
 from agent.errors import EngineError
@@ -177,6 +178,7 @@ def _close(steps: Any) -> None:
 def _load(
     model: LocalModel, settings: EngineSettings, needs: Needs | None, *, drafts: bool
 ) -> "tuple[LoadedTree, DecodeLoop, Any]":
+    stay_offline()
     try:
         import torch
 

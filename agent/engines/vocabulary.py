@@ -12,15 +12,17 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from agent.engines.base import Alternative, Decoded, Token
 from agent.engines.sampling import Choice
 from agent.errors import ModelCorruptError
 from agent.types import Chat, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MARKUP = re.compile(r"▁?(<\S*[^\W\d_]\S*>|\[\S*[^\W\d_]\S*\])")
 """`<|fim_prefix|>`, `▁<PRE>`, `[INST]`; not the runs of blanks that some models add to their vocabulary."""
@@ -46,7 +48,7 @@ and both kinds may write either. Source: the models' cards."""
 class Vocabulary:
     """The tokens of one model."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, end_ids: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", name: str, end_ids: Iterable[int] = ()) -> None:
         """Understand a tokenizer.
 
         Args:
@@ -185,7 +187,7 @@ class Spelling:
         return Decoded(text, tuple(each.id for each in held), tuple(each.logp for each in held), alternatives)
 
 
-def _start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _start_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     begins = tokenizer.encode("", add_special_tokens=True)[:1]
     return tuple(begins) if begins == [tokenizer.bos_token_id] else ()
 

@@ -131,3 +131,10 @@ async def test_whatever_is_asked_and_given_up_one_stream_is_open_and_every_answe
         await asyncio.gather(*(one() for _ in range(8)))
         assert engine.most_open <= 1
         assert engine.open_streams == 0
+
+
+def test_a_context_that_shrinks_is_seen() -> None:
+    engine = FakeEngine(context_tokens=4096)
+    arbiter = Arbiter(engine)
+    engine.context_tokens = 600
+    assert arbiter.context_tokens == 600

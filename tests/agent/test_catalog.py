@@ -133,3 +133,27 @@ def test_removing(small: Path) -> None:
     assert not small.parent.exists()
     with pytest.raises(ModelMissingError):
         catalog.remove("small")
+
+
+def test_removing_takes_along_what_was_unpacked(small: Path) -> None:
+    kept = catalog.dequantised_dir(catalog.sha256_of(small))
+    other = catalog.dequantised_dir("0" * 64)
+    for folder in (kept, other):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"x")
+    catalog.remove("small")
+    assert not kept.exists()
+    assert other.exists()
+
+
+def test_of_a_file_of_ones_own_only_what_was_unpacked_goes(world: World) -> None:
+    own = write_gguf(world.root / "own.gguf")
+    with pytest.raises(ModelMissingError, match="nothing was unpacked"):
+        catalog.remove(str(own))
+    kept = catalog.dequantised_dir(catalog.sha256_of(own))
+    kept.mkdir(parents=True)
+    catalog.remove(str(own))
+    assert not kept.exists()
+    assert own.exists()
+    with pytest.raises(UnknownModelError):
+        catalog.remove("nonesuch")

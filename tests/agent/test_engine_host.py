@@ -145,3 +145,17 @@ async def test_closing_in_the_middle_of_a_load_leaves_nothing_behind(world: Worl
     await task
     assert load.engines[0].closed
     assert not (world.root / "engine.json").exists()
+
+
+async def test_a_model_folder_is_handed_to_the_loader_too(world: World) -> None:
+    (world.root / "config.json").write_text("{}")
+    found: list[LocalModel] = []
+
+    async def load(model: LocalModel) -> Engine:
+        found.append(model)
+        return FakeEngine()
+
+    subject = EngineHost(str(world.root), load, guard(world.root), unload_after_s=0)
+    async with subject.use() as loaded:
+        assert loaded.fim is None
+    assert [(model.format, model.path) for model in found] == [("safetensors", world.root)]

@@ -10,7 +10,12 @@ from agent.engines.quantisation import Device, Quantisation, choose, needs_of
 from agent.errors import MemoryFullError, ModelCorruptError
 
 GIB = 1 << 30
-SEVEN_B = {Quantisation.FP32: 29 * GIB, Quantisation.BF16: 15 * GIB, Quantisation.INT8: 9 * GIB, Quantisation.NF4: 6 * GIB}
+SEVEN_B = {
+    Quantisation.FP32: 29 * GIB,
+    Quantisation.BF16: 15 * GIB,
+    Quantisation.INT8: 9 * GIB,
+    Quantisation.NF4: 6 * GIB,
+}
 
 
 def test_what_is_asked_for_is_taken() -> None:
@@ -31,7 +36,9 @@ def test_what_fits_in_no_way_says_so() -> None:
 
 
 def write(file: Path, **shapes: list[int]) -> None:
-    header = json.dumps({name: {"dtype": "F16", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()})
+    header = json.dumps(
+        {name: {"dtype": "F16", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+    )
     file.write_bytes(struct.pack("<Q", len(header)) + header.encode())
 
 

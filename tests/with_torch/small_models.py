@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from agent.catalog import LocalModel
@@ -35,6 +35,7 @@ TEMPLATE = (
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer with words of `CODE`, set up as Qwen's is."""
     backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     added = len(SPECIAL) + len(SENTINELS)

@@ -2,7 +2,9 @@
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed; make train-deps")
+pytest.importorskip("torch", reason="torch is not installed; make train-deps")
+
+import torch
 
 from agent.engines.sampling import choose
 
@@ -34,7 +36,9 @@ def test_chance_belongs_to_the_place_and_the_seed() -> None:
     logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(1))
 
     def ids(rows: slice, seed: int = 3, position: int = 10) -> list[int]:
-        return [each.id for each in choose(logits[rows], temperature=1.0, seed=seed, position=position, n_alternatives=0)]
+        return [
+            each.id for each in choose(logits[rows], temperature=1.0, seed=seed, position=position, n_alternatives=0)
+        ]
 
     whole = ids(slice(0, 8))
     assert whole == ids(slice(0, 8))

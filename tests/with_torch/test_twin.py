@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed; make train-deps")
+pytest.importorskip("torch", reason="torch is not installed; make train-deps")
 
+import torch
 from peft import LoraConfig, get_peft_model
 
 from agent.engines import loading
@@ -15,12 +16,15 @@ from agent.engines.twin import twin_of
 from agent.errors import EngineError
 from tests.with_torch.small_models import save, small_module
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
+
 IDS = [[5, 6, 7, 8, 9, 10, 11, 12]]
 
 
 def storages(module: Any) -> dict[str, int]:
     """Where each tensor of a tree lies, those included that are no parameters."""
-    found = {name: tensor.untyped_storage().data_ptr() for name, tensor in module.state_dict(keep_vars=True).items()}
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    found = {name: tensor.untyped_storage().data_ptr() for name, tensor in named.items()}
     for name, layer in module.named_modules():
         for part in ("CB", "SCB"):
             tensor = getattr(getattr(layer, "state", None), part, None)
