@@ -14,7 +14,9 @@ from agent.catalog import Dimensions
 from agent.errors import ModelCorruptError, UnknownModelError
 from agent.gguf_header import GgufHeader
 
-_UNGATED = frozenset({"starcoder2", "phi", "phi2", "gpt2", "gpt_bigcode", "gpt_neox", "gptneox", "codegen", "starcoder"})
+_UNGATED = frozenset(
+    {"starcoder2", "phi", "phi2", "gpt2", "gpt_bigcode", "gpt_neox", "gptneox", "codegen", "starcoder"}
+)
 """Families whose MLP has two matrices, by their names in config.json and in GGUF files."""
 _TIED = frozenset(
     {"starcoder2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "cohere", "cohere2", "smollm3", "falcon"}
@@ -92,7 +94,9 @@ def of_config(name: str, config: dict[str, Any]) -> Architecture:
         UnknownModelError: It is of a kind that the planner does not understand.
     """
     if any(config.get(key) for key in _EXPERTS):
-        raise UnknownModelError(f"{name} is a mixture of experts, which the planner does not know; choose a dense model")
+        raise UnknownModelError(
+            f"{name} is a mixture of experts, which the planner does not know; choose a dense model"
+        )
     family = str(config.get("model_type", ""))
     read = _Sizes(name, config)
     hidden = read.size("hidden_size", "n_embd")
@@ -127,7 +131,9 @@ def of_header(name: str, header: GgufHeader, file_bytes: int) -> Architecture:
     """
     kind = header.architecture
     if header.metadata.get(f"{kind}.expert_count"):
-        raise UnknownModelError(f"{name} is a mixture of experts, which the planner does not know; choose a dense model")
+        raise UnknownModelError(
+            f"{name} is a mixture of experts, which the planner does not know; choose a dense model"
+        )
     read = _Sizes(name, header.metadata)
     hidden, heads = read.size(f"{kind}.embedding_length"), read.size(f"{kind}.attention.head_count")
     biased = [part for part in ("attn_q", "attn_qkv", "attn_output") if f"blk.0.{part}.bias" in header.tensors]

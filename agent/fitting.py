@@ -6,6 +6,7 @@ piled up until the plan fits; then those that turn out not to be needed are take
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from agent import memory
 from agent.architecture import Architecture
@@ -44,9 +45,7 @@ class Fit:
         return self.plan.total_bytes <= self.memory_bytes
 
 
-def fit(
-    subject: Architecture, workload: Workload, memory_bytes: int, others: Sequence[Architecture] = ()
-) -> Fit:
+def fit(subject: Architecture, workload: Workload, memory_bytes: int, others: Sequence[Architecture] = ()) -> Fit:
     """Hold a plan against a memory, and find the first combination of changes that fits.
 
     Args:
@@ -62,7 +61,9 @@ def fit(
     changes = tuple(changes_for(workload))
     chosen = _first(subject, workload, memory_bytes, changes)
     if chosen is not None:
-        return replace(held, changes=tuple(each.text for each in chosen), changed=plan_of(subject, _all(workload, chosen)))
+        return replace(
+            held, changes=tuple(each.text for each in chosen), changed=plan_of(subject, _all(workload, chosen))
+        )
     for other in others:
         capped = replace(workload, context_tokens=min(workload.context_tokens, other.context_tokens))
         chosen = () if _fits(other, capped, memory_bytes) else _first(other, capped, memory_bytes, changes)
@@ -113,26 +114,30 @@ def _caches(workload: Workload) -> Iterator[Change]:
     for count in _FEWER_CACHES if workload.quantisation is Quantisation.GGUF else (1,):
         if count < workload.caches:
             text = f"{count} key-value cache{'s' if count > 1 else ''} (what does not fit into it is read anew)"
-            yield Change(text, lambda at, count=count: replace(at, caches=count))
+            yield Change(text, _with(caches=count))
 
 
 def _context(workload: Workload, tokens: int) -> Iterator[Change]:
     if tokens < workload.context_tokens:
-        yield Change(f"a context of {tokens} tokens", lambda at: replace(at, context_tokens=tokens))
+        yield Change(f"a context of {tokens} tokens", _with(context_tokens=tokens))
 
 
 def _quantisations(workload: Workload) -> Iterator[Change]:
     if workload.device is Device.CUDA and workload.quantisation is not Quantisation.NF4:
-        yield Change("the base in nf4", lambda at: replace(at, quantisation=Quantisation.NF4))
+        yield Change("the base in nf4", _with(quantisation=Quantisation.NF4))
     if workload.device is Device.CPU and workload.quantisation is Quantisation.FP32:
         # Seven times slower than 32 bits without the instructions that few CPUs have (measured with the 0.5B on AVX2).
-        yield Change("the base in bf16, which is slow on most CPUs", lambda at: replace(at, quantisation=Quantisation.BF16))
+        yield Change("the base in bf16, which is slow on most CPUs", _with(quantisation=Quantisation.BF16))
 
 
-def _training(text: str, **changes: object) -> Change:
+def _with(**changes: Any) -> Callable[[Workload], Workload]:
+    return lambda at: replace(at, **changes)
+
+
+def _training(text: str, **changes: Any) -> Change:
     def apply(at: Workload) -> Workload:
         assert at.training is not None
-        return replace(at, training=replace(at.training, **changes))  # type: ignore[arg-type]  # names of its own fields
+        return replace(at, training=replace(at.training, **changes))
 
     return Change(text, apply)
 

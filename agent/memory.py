@@ -226,7 +226,9 @@ def _serving(size: Dimensions, workload: Workload, kv_bytes: int) -> list[Part]:
     count = f"{workload.caches} × {workload.context_tokens} tokens"
     held = [Part("key-value caches", caches, count)]
     if workload.served_rank and workload.quantisation is not Quantisation.GGUF:
-        held.append(Part("served adapter", 4 * lora_parameters(size, workload.served_rank), f"rank {workload.served_rank}"))
+        held.append(
+            Part("served adapter", 4 * lora_parameters(size, workload.served_rank), f"rank {workload.served_rank}")
+        )
     return [*held, Part("serving step", _prefill(size, workload), f"{_read_at_once(workload)} tokens read at once")]
 
 

@@ -68,7 +68,9 @@ def budget(asked: Asked) -> Budget:
         if card is not None:
             return Budget(card.total_bytes, Device.CUDA, f"{card.name}, {_gib(card.free_bytes)} of it free now")
         if device is Device.CUDA:
-            raise InputError("--device is cuda, and no NVIDIA GPU is here; give the memory of the one you mean by --memory")
+            raise InputError(
+                "--device is cuda, and no NVIDIA GPU is here; give the memory of the one you mean by --memory"
+            )
     return Budget(machine.ram_bytes(), Device.CPU, "this machine's RAM")
 
 
@@ -194,7 +196,9 @@ def table(found: Fit) -> Table:
     drawn.add_row("total", _mib(found.plan.total_bytes), f"base {_gib(found.plan.base_bytes)}")
     if peaks and training:
         other = peaks.kept_without_checkpointing if training.checkpointing else peaks.kept_with_checkpointing
-        drawn.add_row("", "", f"activations {'without' if training.checkpointing else 'with'} checkpointing: {_mib(other)}")
+        drawn.add_row(
+            "", "", f"activations {'without' if training.checkpointing else 'with'} checkpointing: {_mib(other)}"
+        )
     return drawn
 
 

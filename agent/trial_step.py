@@ -27,7 +27,9 @@ def policy_of(module: Any, rank: int, *, checkpointing: bool) -> Any:
     policy = get_peft_model(module, LoraConfig(r=rank, target_modules="all-linear", lora_dropout=0.0))
     policy.train()
     if checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        # Its name from transformers 5.18 on, and before.
+        enable = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     for each in trained(policy):
         each.data = each.data.float()
     return policy
@@ -42,9 +44,10 @@ def optimizer_for(policy: Any) -> Any:
     """Return AdamW: with 8-bit states on a GPU, plain on a CPU."""
     parameters = trained(policy)
     if parameters[0].device.type == "cuda":
-        from bitsandbytes.optim import AdamW8bit
+        import bitsandbytes
 
-        return AdamW8bit(parameters, lr=1e-4)
+        packed: Any = bitsandbytes.optim
+        return packed.AdamW8bit(parameters, lr=1e-4)
     return torch.optim.AdamW(parameters, lr=1e-4, foreach=False)
 
 
@@ -66,7 +69,7 @@ def backward(policy: Any, ids: torch.Tensor, scored: int, between: Callable[[], 
     chances = torch.log_softmax(logits[:, :-1].float(), dim=-1)  # (2, scored, V)
     chosen, rejected = chances.gather(-1, ids[:, -scored:, None]).sum((1, 2))
     reference = (chosen - rejected).detach()
-    loss = -torch.nn.functional.logsigmoid(_BETA * (chosen - rejected - reference))
+    loss: Any = -torch.nn.functional.logsigmoid(_BETA * (chosen - rejected - reference))
     if between:
         between()
     loss.backward()

@@ -38,8 +38,8 @@ def random_tree(name: str, size: Dimensions, context_tokens: int, device: torch.
         raise UnknownModelError(f"{name} is no Qwen2, and random weights are made for that only; choose a Qwen model")
     torch.manual_seed(seed)
     with torch.device("meta"):
-        module = Qwen2ForCausalLM(_config(size, context_tokens)).to(torch.bfloat16)
-    model: Any = module
+        model: Any = Qwen2ForCausalLM(_config(size, context_tokens))
+    model.to(dtype=torch.bfloat16)
     for layer in [*model.model.layers]:
         for parent, child in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
             for short in child:
@@ -57,27 +57,29 @@ def random_tree(name: str, size: Dimensions, context_tokens: int, device: torch.
 
 
 def _config(size: Dimensions, context_tokens: int) -> Qwen2Config:
-    return Qwen2Config(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        intermediate_size=size.mlp,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        head_dim=size.head_dim,
-        max_position_embeddings=context_tokens,
-        tie_word_embeddings=size.tied,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.mlp,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_dim,
+        "max_position_embeddings": context_tokens,
+        "tie_word_embeddings": size.tied,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return Qwen2Config(**sizes)
 
 
 def _pack(parent: Any, name: str, device: torch.device) -> None:
     """Put a random matrix in four bits, with a bias where there is one, in a layer's place."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    import bitsandbytes
 
+    packed: Any = bitsandbytes.nn
     old = getattr(parent, name)
-    new = Linear4bit(
+    new = packed.Linear4bit(
         old.in_features,
         old.out_features,
         bias=old.bias is not None,
@@ -88,7 +90,7 @@ def _pack(parent: Any, name: str, device: torch.device) -> None:
     )
     weight = _random(old.weight.shape, device).data
     # Moved to where it is already: that is when it is quantised.
-    new.weight = Params4bit(weight, compress_statistics=True, quant_type="nf4", module=new).to(device)
+    new.weight = packed.Params4bit(weight, compress_statistics=True, quant_type="nf4", module=new).to(device)
     if old.bias is not None:
         new.bias = _random(old.bias.shape, device)
     setattr(parent, name, new)
@@ -105,4 +107,5 @@ def _vocabulary(name: str) -> Vocabulary:
     backend = Tokenizer(models.BPE(vocab={each: index for index, each in enumerate(characters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return Vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=_END), name)
+    fast: Any = PreTrainedTokenizerFast
+    return Vocabulary(fast(tokenizer_object=backend, eos_token=_END), name)

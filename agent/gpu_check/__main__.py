@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 _SECONDS = 300.0  # nothing is begun after them; on a fast card all of it takes less
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft")
 
-out = Console()
+_TABLE_WIDTH = 150  # where no terminal says how wide it is
+
+out = Console() if sys.stdout.isatty() else Console(width=_TABLE_WIDTH)
 err = Console(stderr=True)
 
 
@@ -59,16 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _cap(device, cap)
     facts = _facts(device, cap)
     rows = asyncio.run(_check(asked, device, facts))
-    if asked.json:
-        asked.json.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8")
     out.print(_table(facts, rows))
+    if asked.json:
+        text = json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1)
+        try:
+            asked.json.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            err.print(f"tabwise: cannot write {asked.json}: {error.strerror}; choose another file", soft_wrap=True)
+            return 1
     return 1 if any(row.ok is False for row in rows) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m agent.gpu_check", description="Check and measure a GPU.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu goes with --tiny")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model of random weights: tries the code, not the card")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model of random weights: tries the code, not the card"
+    )
     parser.add_argument("--model", default="qwen2.5-coder-7b", help="of the catalogue, for transformers")
     parser.add_argument("--random-weights", action="store_true", help="also where the model was pulled")
     parser.add_argument("--memory", default="", help="keep within a smaller card's, 12GiB for example")
@@ -141,9 +150,15 @@ def _jobs(subject: "Subject", extent: "Extent", meter: "Meter") -> list[Job]:
     """Return all jobs: first what must hold, then what an editor waits for, then memory, whose last row is the fullest."""
     from agent.gpu_check import benches, checks
 
-    serving = [Job(f"memory, serving {each}", partial(benches.serving_memory, subject, meter, each)) for each in extent.contexts]
+    serving = [
+        Job(f"memory, serving {each}", partial(benches.serving_memory, subject, meter, each))
+        for each in extent.contexts
+    ]
     steps = [
-        Job(f"memory, training 2 × {rows}", partial(benches.step_memory, subject, meter, rows, checkpointing=checkpointing))
+        Job(
+            f"memory, training 2 × {rows}",
+            partial(benches.step_memory, subject, meter, rows, checkpointing=checkpointing),
+        )
         for rows, checkpointing in extent.steps
     ]
     return [
@@ -164,10 +179,10 @@ def _loaded(subject: "Subject", meter: "Meter", seconds: float) -> Row:
     from agent.gpu_check.checks import planned_base
 
     planned, held = planned_base(subject), meter.held_bytes
-    text = f"planned {planned / GIB:.2f} GiB"
+    text = f"planned {planned / MIB:,.0f} MiB"
     figures: dict[str, float | int | str | bool] = {"planned_bytes": planned, "seconds": seconds}
     if held is not None:
-        text = f"{held / GIB:.2f} GiB, {text} ({planned / held - 1:+.1%})"
+        text = f"{held / MIB:,.0f} MiB, {text} ({planned / held - 1:+.1%})"
         figures["held_bytes"] = held
     return Row("load in four bits", text, True, f"{seconds:.1f} s, {subject.name}", figures)
 
@@ -183,7 +198,9 @@ def _table(facts: dict[str, Any], rows: Sequence[Row]) -> Table:
     card = f"{facts['device']}"
     if "memory_bytes" in facts:
         card += f" ({facts['memory_bytes'] / MIB:.0f} MiB, driver {facts['driver']}, CUDA {facts['cuda']})"
-    table = Table(title=f"{card}{cap}\n{facts['model']}, NF4; {versions}; {facts['date']}", box=None, title_justify="left")
+    table = Table(
+        title=f"{card}{cap}\n{facts['model']}, NF4; {versions}; {facts['date']}", box=None, title_justify="left"
+    )
     for heading in ("", "result", "holds", "note"):
         table.add_column(heading, overflow="fold")
     marks = {True: "yes", False: "NO", None: ""}

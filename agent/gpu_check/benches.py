@@ -4,6 +4,7 @@ Every number is of this run. A stream is the engine's own, thread and event loop
 waits for. Knows the planner, and no table.
 """
 
+import asyncio
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,11 +14,12 @@ from dataclasses import replace
 import torch
 
 from agent import memory, trial_step
-from agent.engines.base import Decoded, Prefilled, Task
+from agent.engines.base import Decoded, Task
 from agent.gpu_check.rows import Row
 from agent.gpu_check.subject import Meter, Subject, drained
 from agent.memory import GIB, MIB, Optimizer, Plan, Training, Workload
 
+_BEFORE_CANCEL_S = 0.02  # a long prompt is being read by then, and not read yet
 _COPIES = 20  # of the bandwidth's copy: 20 ms on a fast card
 _TIMES = 3  # that a time is taken; the middle one counts
 
@@ -61,7 +63,12 @@ async def decoding(subject: Subject) -> Sequence[Row]:
     each = plan.bytes_of("layers") + head + plan.kv_bytes_per_token * n_prompt
     roof = speed / each
     note = f"behind {n_prompt} tokens; a copy runs at {speed / 1e9:.0f} GB/s, {each / GIB:.2f} GiB are read a token"
-    figures = {"tokens_per_s": rate, "roofline_tokens_per_s": roof, "bandwidth_bytes_per_s": speed, "bytes_per_token": each}
+    figures = {
+        "tokens_per_s": rate,
+        "roofline_tokens_per_s": roof,
+        "bandwidth_bytes_per_s": speed,
+        "bytes_per_token": each,
+    }
     return [Row("decode", f"{rate:.1f} tokens/s, {rate / roof:.0%} of {roof:.0f}", None, note, figures)]
 
 
@@ -86,16 +93,19 @@ async def first_text(subject: Subject) -> Sequence[Row]:
 
 
 async def cancelling(subject: Subject) -> Sequence[Row]:
-    """Measure how long a stream that is closed while it reads its prompt holds the engine."""
+    """Measure how long a request that is given up while its prompt is read keeps the next one waiting."""
     engine, times = subject.engine.without_drafts(), []
+    await drained(engine, subject.request(2, 1))
     for _ in range(_TIMES):
-        async with aclosing(engine.generate(subject.request(subject.extent.prompts[-1], 8))) as stream:
-            async for event in stream:
-                if isinstance(event, Prefilled | Decoded):
-                    break
-            began = time.perf_counter()
+        given_up = asyncio.create_task(drained(engine, subject.request(subject.extent.prompts[-1], 8)))
+        await asyncio.sleep(_BEFORE_CANCEL_S)
+        began = time.perf_counter()
+        given_up.cancel()
+        await asyncio.gather(given_up, return_exceptions=True)
+        await drained(engine, subject.request(2, 1))
         times.append(1000 * (time.perf_counter() - began))
-    return [Row("cancel in prefill", f"{statistics.median(times):.0f} ms", None, "", {"cancel_ms": statistics.median(times)})]
+    middle = statistics.median(times)
+    return [Row("first token after a cancel in prefill", f"{middle:.0f} ms", None, "", {"after_cancel_ms": middle})]
 
 
 async def training_step(subject: Subject) -> Sequence[Row]:
@@ -163,7 +173,9 @@ async def all_memory(subject: Subject, meter: Meter) -> Sequence[Row]:
     if blocks is not None and peak is not None:
         planned = plan.bytes_of("fragments")
         note = f"the allocator has {blocks / MIB:.0f} MiB of the device at its peak; assumed were {planned / MIB:.0f}"
-        rows.append(Row("holes in its blocks", f"{(blocks - peak) / MIB:.0f} MiB", None, note, {"bytes": blocks - peak}))
+        rows.append(
+            Row("holes in its blocks", f"{(blocks - peak) / MIB:.0f} MiB", None, note, {"bytes": blocks - peak})
+        )
     context = meter.context_bytes
     if context is not None:
         note = f"CUDA's context and kernels, and others' use of the device; assumed were {plan.bytes_of('runtime') / MIB:.0f}"
@@ -198,8 +210,8 @@ async def _train(subject: Subject, workload: Workload, between: Callable[[], Non
 
 def _beside(name: str, plan: Plan, meter: Meter) -> Row:
     planned, peak = plan.tensor_bytes, meter.peak_bytes
-    text = f"planned {planned / GIB:.2f} GiB"
+    text = f"planned {planned / MIB:,.0f} MiB"
     if peak is None:
         return Row(name, text, None, "on a CPU no peak is counted", {"planned_bytes": planned})
     figures = {"planned_bytes": planned, "peak_bytes": peak}
-    return Row(name, f"{peak / GIB:.2f} GiB, {text} ({planned / peak - 1:+.1%})", None, "", figures)
+    return Row(name, f"{peak / MIB:,.0f} MiB, {text} ({planned / peak - 1:+.1%})", None, "", figures)

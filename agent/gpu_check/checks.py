@@ -62,7 +62,9 @@ async def adapter_swap(subject: Subject) -> Sequence[Row]:
         await engine.attach([])
     hold(torch.equal(await subject.logits(ids), before), "after the adapters went, the base's logits are others")
     note = f"rank {subject.extent.rank}, two attached in {attach_ms:.0f} ms; the base's logits bit-identical afterwards"
-    return [Row("adapters: attach, swap, detach", f"{_SWAPS} swaps", True, note, {"attach_ms": attach_ms, "swaps": _SWAPS})]
+    return [
+        Row("adapters: attach, swap, detach", f"{_SWAPS} swaps", True, note, {"attach_ms": attach_ms, "swaps": _SWAPS})
+    ]
 
 
 async def _answer(engine: TransformersEngine, ids: tuple[int, ...], adapter: str | None) -> list[float]:

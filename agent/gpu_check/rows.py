@@ -3,10 +3,10 @@
 Pure but for the clock that it is given. Knows nothing of models and devices.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-Figures = dict[str, float | int | str | bool]
+Figures = Mapping[str, float | int | str | bool]
 
 _REASON_CHARS = 200  # of an error, in the table
 

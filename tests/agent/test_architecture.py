@@ -135,7 +135,11 @@ def test_a_header_gives_the_catalogues_sizes() -> None:
 
 def test_a_header_with_a_head_of_its_own() -> None:
     own = header()
-    tensors = {**own.tensors, "output.weight": TensorPlace((1,), 0, 0), "blk.0.attn_output.bias": TensorPlace((1,), 0, 0)}
+    tensors = {
+        **own.tensors,
+        "output.weight": TensorPlace((1,), 0, 0),
+        "blk.0.attn_output.bias": TensorPlace((1,), 0, 0),
+    }
     size = architecture.of_header("mine", GgufHeader("qwen2", 0, frozenset(), own.metadata, (), tensors), 1).dimensions
     assert not size.tied
     assert size.biases == "all"
@@ -151,7 +155,10 @@ def test_an_mlp_without_a_gate() -> None:
     ("change", "told"),
     [
         ({"qwen2.block_count": None}, "block_count is missing"),
-        ({"qwen2.attention.head_count_kv": 24}, "14 heads and 24 for keys and values"),  # an array's length, for layers that differ
+        (
+            {"qwen2.attention.head_count_kv": 24},
+            "14 heads and 24 for keys and values",
+        ),  # an array's length, for layers that differ
         ({"qwen2.expert_count": 60}, "mixture of experts"),
     ],
 )

@@ -17,7 +17,9 @@ def test_what_fits_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("gib", [6, 7, 8, 9, 10, 11, 12, 13])
-@pytest.mark.parametrize("training", [None, Training(), Training(pairs=4, checkpointing=False, optimizer=Optimizer.ADAM)])
+@pytest.mark.parametrize(
+    "training", [None, Training(), Training(pairs=4, checkpointing=False, optimizer=Optimizer.ADAM)]
+)
 def test_what_is_named_does_fit_and_needs_all_of_it(gib: int, training: Training | None) -> None:
     workload = Workload(training=training)
     found = fitting.fit(THIRTEEN, workload, gib * GIB, [SEVEN])

@@ -45,7 +45,9 @@ def test_the_7b_as_it_was_calculated_by_hand() -> None:
     assert found.bytes_of("optimizer") / MIB == pytest.approx(78, abs=1)
     assert found.kv_bytes_per_token == 56 << 10
     assert found.peaks is not None
-    assert found.peaks.kept_with_checkpointing == 1024 * (200_704 + 7_168)  # each block's input, and what the last gives
+    assert found.peaks.kept_with_checkpointing == 1024 * (
+        200_704 + 7_168
+    )  # each block's input, and what the last gives
     assert 7 * GIB < found.total_bytes < 8 * GIB
 
 

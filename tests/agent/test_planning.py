@@ -33,7 +33,22 @@ def test_amounts_of_memory(text: str, n_bytes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "12", "GiB", "-12GiB", "0GiB", "nanGiB", "1e3GiB", "12Gib/s", "12 G", "12QiB", "1kib", "999999999TiB", "١٢GiB x"]
+    "text",
+    [
+        "",
+        "12",
+        "GiB",
+        "-12GiB",
+        "0GiB",
+        "nanGiB",
+        "1e3GiB",
+        "12Gib/s",
+        "12 G",
+        "12QiB",
+        "1kib",
+        "999999999TiB",
+        "١٢GiB x",
+    ],
 )
 def test_what_is_no_amount_of_memory(text: str) -> None:
     with pytest.raises(InputError, match=r"--memory is") as caught:
@@ -103,7 +118,7 @@ def test_what_cannot_be_is_named(world: World, name: str, asked: Asked, told: st
 
 
 def test_settings_hold_where_nothing_is_said(world: World) -> None:
-    world.config.write_text("[engine]\ncontext_tokens = 8192\ncompletion_slots = 2\nquantisation = "int8"\n")
+    world.config.write_text('[engine]\ncontext_tokens = 8192\ncompletion_slots = 2\nquantisation = "int8"\n')
     assert planning.plan_for("qwen2.5-coder-7b", Asked(), CARD).plan.workload.context_tokens == 8192
     assert planning.plan_for("phi-2", Asked(), CARD).plan.workload.context_tokens == 2048  # all that it has
     assert planning.plan_for("starter", Asked(), RAM).plan.workload.caches == 3
@@ -118,9 +133,9 @@ def test_smaller_models_are_of_the_same_kind() -> None:
     assert not [name for name in names if "gguf" in name or name in ("starter", "phi-2", "mistral-7b")]
     unknown = replace(architecture.of("codellama-13b"), name="/my/folder")
     assert planning.smaller_than(unknown, Quantisation.NF4)[0].name == "codegemma-7b"  # the largest
-    assert [each.name for each in planning.smaller_than(architecture.of("qwen2.5-coder-3b-gguf"), Quantisation.GGUF)][-1] == (
-        "starter"
-    )
+    assert [each.name for each in planning.smaller_than(architecture.of("qwen2.5-coder-3b-gguf"), Quantisation.GGUF)][
+        -1
+    ] == ("starter")
 
 
 def run(world: World, *arguments: str) -> str:

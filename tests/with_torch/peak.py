@@ -64,7 +64,9 @@ def main() -> None:
     config, kind = KINDS[case["kind"]]
     # Everything once with a small model, so that what the libraries take for themselves is held before.
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 128}
-    warm = kind(config(**(case["config"] | small | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})))
+    warm = kind(
+        config(**(case["config"] | small | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}))
+    )
     few = {"context_tokens": 64, "rank": 4, "row_tokens": 32, "scored_tokens": 8, "config": {"vocab_size": 128}}
     serve(warm, case | few)
     train(warm, case | few)
@@ -86,7 +88,7 @@ def main() -> None:
         "cached": cache.get_seq_length(),
         "loss": loss,
     }
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ TOLERANCE = 0.10
 SHARED = {"hidden_size": 768, "intermediate_size": 3072, "tie_word_embeddings": True, "max_position_embeddings": 4096}
 MODELS: dict[str, dict[str, Any]] = {
     # 111 M weights each, 424 MiB in 32 bits: a gated MLP, and one without a gate but with biases; fewer key heads in both.
-    "qwen2": {"num_hidden_layers": 10, "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 32_000} | SHARED,
+    "qwen2": {"num_hidden_layers": 10, "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 32_000}
+    | SHARED,
     "starcoder2": {"num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 49_152}
     | SHARED,
 }
@@ -65,7 +66,9 @@ def measured(kind: str, workload: Workload) -> dict[str, Any]:
 
 @pytest.mark.e2e  # of processes, and twenty seconds each: no part of the fast tests
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc"
+)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", CASES)
 def test_a_plan_is_near_the_measured_peak(kind: str, name: str) -> None:
@@ -76,9 +79,9 @@ def test_a_plan_is_near_the_measured_peak(kind: str, name: str) -> None:
     planned, peak = plan.tensor_bytes, found["peak"]
     # Beside the weights alone, which are the greater part of a small model and easily counted.
     rest = (planned - plan.base_bytes) / MIB, (peak - found["loaded"]) / MIB
-    print(
+    sys.stdout.write(
         f"\n{kind}, {name}: planned {planned / MIB:.0f} MiB, measured {peak / MIB:.0f} MiB ({planned / peak - 1:+.1%}); "
-        f"beside the weights {rest[0]:.0f} and {rest[1]:.0f}"
+        f"beside the weights {rest[0]:.0f} and {rest[1]:.0f}\n"
     )
     assert found["cached"] == workload.context_tokens
     if workload.training:
@@ -87,7 +90,13 @@ def test_a_plan_is_near_the_measured_peak(kind: str, name: str) -> None:
     assert rest[0] == pytest.approx(rest[1], rel=0.25, abs=15)
 
 
-CONFIGURATIONS = {"deepseek": "llama", "codellama": "llama", "mellum": "llama", "granite": "llama", "codegemma": "gemma"}
+CONFIGURATIONS = {
+    "deepseek": "llama",
+    "codellama": "llama",
+    "mellum": "llama",
+    "granite": "llama",
+    "codegemma": "gemma",
+}
 """transformers' families of those whose names do not begin with the family's."""
 
 
