@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -39,6 +39,10 @@ class Dimensions:
     vocabulary: int
     tied: bool
     """Whether the output head shares the embedding's weights."""
+    mlp_matrices: int = 3
+    """3 with a gate (gate, up, down), 2 without."""
+    biases: Literal["none", "qkv", "all"] = "none"
+    """Which linear layers of a block have one: none, the three that make queries, keys and values, or all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +177,21 @@ def find(name: str) -> LocalModel:
     return LocalModel(name, path, known.format, known.fim, known.context_tokens, sha256)
 
 
-def _find_path(name: str) -> LocalModel:
+def locate(name: str) -> Path:
+    """Return the file or folder that `name`, which the catalogue does not have, stands for.
+
+    Raises:
+        UnknownModelError: There is none.
+    """
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser() raises for users that do not exist
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists() raises on a name that is too long
         known = ", ".join(entries())
         raise UnknownModelError(f"unknown model {name!r}: neither a file nor one of {known}; see: tabwise models list")
+    return path
+
+
+def _find_path(name: str) -> LocalModel:
+    path = locate(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UnknownModelError(f"{path} is a folder without config.json; give a model folder or a GGUF file")

@@ -253,6 +253,47 @@ def show_doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def plan(
+    model: Annotated[
+        str | None, typer.Option(help="A name of `tabwise models list`, a GGUF file or a folder; all if not given.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of the device, 12GiB for example; this machine's if not given.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
+    train: Annotated[bool, typer.Option("--train", help="Train an adapter beside serving.")] = False,
+    quantisation: Annotated[str, typer.Option(help="`nf4`, `int8`, `bf16`, `fp32`, `gguf`, or `auto`.")] = "auto",
+    device: Annotated[str, typer.Option(help="`cuda`, `cpu`, or `auto`.")] = "auto",
+    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
+    pairs: Annotated[int, typer.Option(help="Preference pairs in one pass.")] = 1,
+    row_tokens: Annotated[int, typer.Option(help="Tokens of a training row; a pair has two.")] = 512,
+    checkpointing: Annotated[bool, typer.Option(help="Compute activations anew on the way back.")] = True,
+    optimizer: Annotated[str, typer.Option(help="`adam`, `adam-8bit`, `adam-offloaded`, or `auto`.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Work out what a model needs in memory, before it is pulled: for serving, and for training beside it."""
+    from agent import planning
+
+    asked = planning.Asked(
+        memory, context, train, quantisation, device, rank, pairs, row_tokens, checkpointing, optimizer
+    )
+    held = planning.budget(asked)
+    if model is None:
+        fits = list(planning.plan_all(asked, held))
+        if as_json:
+            typer.echo(json.dumps([planning.as_dict(each, held) for each in fits]))
+        else:
+            out.print(planning.overview(fits))
+        return
+    found = planning.plan_for(model, asked, held)
+    if as_json:
+        typer.echo(json.dumps(planning.as_dict(found, held), ensure_ascii=False))
+    else:
+        out.print(planning.table(found))
+        typer.echo(planning.verdict(found, held))
+
+
 @models.command("list")
 def list_models(as_json: Json = False) -> None:
     """Show the models that Tabwise knows."""

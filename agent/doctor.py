@@ -13,12 +13,12 @@ from pathlib import Path
 
 import psutil
 
-from agent import catalog, config, paths
+from agent import catalog, config, machine, paths, planning
 from agent.catalog import LocalModel
 from agent.errors import TabwiseError
+from agent.memory import Device
 from agent.version import __version__
 
-_MODEL_ROOM = 1.4  # memory that a model of so many bytes takes with its cache and buffers, measured with the starter
 _TRAINING = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 _BASE = ("xllamacpp", "pygls", "starlette", "uvicorn")
 
@@ -108,14 +108,7 @@ def _model(settings: config.Settings) -> Iterator[Finding]:
         return
     size = _size(model.path)
     yield Finding("model", True, f"{name}: {model.path} ({size / 1e6:.0f} MB)")
-    free = psutil.virtual_memory().available
-    if size * _MODEL_ROOM > free:
-        yield Finding(
-            "memory",
-            False,
-            f"{name} needs about {size * _MODEL_ROOM / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
-            "close programs, or choose a smaller model in model.name",
-        )
+    yield _memory(name, model.format)
     yield from _engine(model, settings)
 
 
@@ -158,6 +151,23 @@ def _torch_on_gpu() -> bool:
     if spec is None or spec.origin is None or shutil.which("nvidia-smi") is None:
         return False
     return (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists()
+
+
+def _memory(name: str, model_format: str) -> Finding:
+    """Hold the memory plan of the configured model against what is free on the device that will run it."""
+    card = machine.gpu() if model_format == "safetensors" else None  # llama.cpp's usual build is for CPUs
+    free = card.free_bytes if card else psutil.virtual_memory().available
+    asked = planning.Asked(device=(Device.CUDA if card else Device.CPU).value)
+    try:
+        plan = planning.plan_for(name, asked, planning.budget(asked)).plan
+    except TabwiseError as error:
+        return Finding("memory", None, f"not planned: {error}")
+    needed = plan.total_bytes - plan.bytes_of("system")  # what is free is free beside the system
+    text = f"{name} needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    text += f" on {card.name}" if card else ""
+    if needed <= free:
+        return Finding("memory", True, text)
+    return Finding("memory", False, text, f"close programs, or see what would fit: tabwise plan --model {name}")
 
 
 def _size(path: Path) -> int:

@@ -1,0 +1,1 @@
+"""`make gpu-check`: what a card does and takes, in one table."""
