@@ -28,6 +28,7 @@ from agent.engines.drafts import (
 )
 from agent.engines.headroom import Headroom
 from agent.engines.kv_cache import PrefixCache, Shelf
+from agent.engines.recorded_step import RecordedSteps, can_be_recorded
 from agent.engines.sampling import Choice, choose
 from agent.engines.vocabulary import Spelling, Vocabulary
 from agent.errors import AdapterError, EngineError, PromptTooLongError
@@ -56,6 +57,7 @@ class DecodeLoop:
         context_tokens: int,
         chunk_tokens: int,
         drafts: bool,
+        recorded: bool | None = None,
     ) -> None:
         """Take charge of a model.
 
@@ -67,6 +69,7 @@ class DecodeLoop:
             context_tokens: Most tokens of prompt and answer together.
             chunk_tokens: Prompt tokens that are read in one pass.
             drafts: Whether to draft where that is faster.
+            recorded: Whether single tokens are read by recorded steps; where that is faster, on CUDA, if None.
         """
         self._headroom = Headroom(shelf, device, context_tokens=context_tokens, chunk_tokens=chunk_tokens)
         self._select: Callable[[str | None], None] | None = None
@@ -76,11 +79,13 @@ class DecodeLoop:
         self._shelf = shelf
         self._device = device
         self._drafts = drafts
+        wanted = device.type == "cuda" if recorded is None else recorded
+        self._steps = RecordedSteps(device) if wanted and can_be_recorded(module) else None
         # Explanations repeat themselves less than code does.
         self._acceptance = {task: Acceptance() for task in Task}
         self._costs = Costs()
 
-    def without_drafts(self) -> "DecodeLoop":
+    def without_drafts(self, *, recorded: bool | None = None) -> "DecodeLoop":
         """Return another loop with the same model, with caches of its own and no drafts."""
         if self._module is None:
             raise EngineError("the model was unloaded; ask again")
@@ -92,6 +97,7 @@ class DecodeLoop:
             context_tokens=self.context_tokens,
             chunk_tokens=self._headroom.chunk_tokens,
             drafts=False,
+            recorded=recorded,
         )
 
     @property
@@ -111,6 +117,7 @@ class DecodeLoop:
             select: Has the model compute with one of them, or with none.
         """
         self._shelf.forget(lambda name: name is not None and name not in adapters)
+        self._shelf.forget_recordings()
         select(None)
         self._select, self._selected = (select if adapters else None), None
 
@@ -124,7 +131,7 @@ class DecodeLoop:
 
     def let_go(self) -> None:
         """Let go of the model and of all caches. Streams that are still open end with an error."""
-        self._module = self._select = None
+        self._module = self._select = self._steps = None
         self._shelf.give_up_others()
 
     def stream(self, request: GenerationRequest) -> Iterator[Event]:
@@ -279,6 +286,8 @@ class DecodeLoop:
         """Return the logits (keep, V) of the last places."""
         if not ids:
             return torch.empty(0, 1, device=self._device)
+        if self._steps is not None and len(ids) == keep == 1 and len(cache):
+            return self._steps.step(module, cache, ids[0], self._selected)
         answer = module(
             input_ids=torch.tensor([ids], device=self._device),  # (1, T)
             past_key_values=cache.layers,

@@ -10,7 +10,8 @@ each token; these have room at their end instead, and cropping moves no memory. 
 All of it but `held` belongs to the engine's worker thread.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import PretrainedConfig
@@ -18,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from agent.engines.base import GenerationRequest, Task
 from agent.engines.out_of_memory import is_out_of_memory
+from agent.engines.recorded_step import Recording
 from agent.engines.slots import Slots, common
 from agent.errors import UnknownModelError
 
@@ -35,12 +37,18 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the base's o
         """Hold nothing."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._rooms: list[torch.Tensor] = []  # keys', values'
+        self.place: torch.Tensor | None = None
+        """Where the next token goes, (1,), while a step runs that is recorded; then all of the rooms is attended to."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (1, H, T, D) each, and return all keys and values."""
         del args, kwargs
+        if self.place is not None:
+            for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+                room.index_copy_(2, self.place, new)
+            return self._rooms[0], self._rooms[1]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before = self.get_seq_length()
@@ -56,12 +64,23 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the base's o
         self.keys, self.values = (room[:, :, :total] for room in self._rooms)
         return self.keys, self.values
 
+    def make_room(self, total: int) -> list[torch.Tensor]:
+        """Have room for `total` tokens, of which some are here already, and return the rooms, (1, H, R, D) each."""
+        if self._rooms[0].shape[-2] < total:
+            before = self.get_seq_length()
+            self._rooms = [self._roomier(room, room, before, total) for room in self._rooms]
+        return self._rooms
+
+    def reaches(self, total: int) -> None:
+        """Take note that `total` tokens are here now."""
+        self.keys, self.values = (room[:, :, :total] for room in self._rooms)
+
     @staticmethod
     def _roomier(new: torch.Tensor, old: torch.Tensor | None, used: int, needed: int) -> torch.Tensor:
         size = -(-needed // _ROOM_TOKENS) * _ROOM_TOKENS
         room = new.new_empty((*new.shape[:2], size, new.shape[-1]))
         if used and old is not None:
-            room[:, :, :used] = old
+            room[:, :, :used] = old[:, :, :used]
         return room
 
     @property
@@ -80,6 +99,8 @@ class PrefixCache:
         self.adapter: str | None = None
         self.in_use = False
         """Whether a stream is open that reads into it."""
+        self.recordings: dict[str | None, Recording] = {}
+        """Steps that were recorded on what is here now, by adapter."""
         self._rooms: list[RoomyLayer] = []
         self._n_layers = n_layers
         self.give_up()
@@ -111,9 +132,30 @@ class PrefixCache:
                 mine.update(others.keys[:, :, :count], others.values[:, :, :count])
         self.ids, self.adapter = other.ids[:count], other.adapter
 
+    def make_room(self, total: int) -> list[torch.Tensor]:
+        """Have room for `total` tokens, and return the tensors of all layers, keys' and values' in turn."""
+        return [room for layer in self._rooms for room in layer.make_room(total)]
+
+    @contextmanager
+    def placed(self, place: torch.Tensor) -> Iterator[None]:
+        """Have the next token written where `place`, (1,), says."""
+        for layer in self._rooms:
+            layer.place = place
+        try:
+            yield
+        finally:
+            for layer in self._rooms:
+                layer.place = None
+
+    def reaches(self, total: int) -> None:
+        """Take note that keys and values of `total` tokens are here now."""
+        for layer in self._rooms:
+            layer.reaches(total)
+
     def give_up(self) -> None:
         """Hold nothing, and free the memory; also what a pass that failed half-way has left."""
         self.ids, self.adapter = [], None
+        self.recordings.clear()
         self._rooms = [RoomyLayer() for _ in range(self._n_layers)]
         self.layers = Cache(layers=[*self._rooms])
 
@@ -199,6 +241,11 @@ class Shelf:
         for each in self._all():
             if adapters(each.adapter):
                 each.give_up()
+
+    def forget_recordings(self) -> None:
+        """Drop all recorded steps: the adapters' weights lie elsewhere from now on."""
+        for each in self._all():
+            each.recordings.clear()
 
     def give_up_others(self, kept: PrefixCache | None = None) -> int:
         """Give up all caches but one, and return how many bytes that frees."""

@@ -140,14 +140,17 @@ class TransformersEngine:
         """Tokens that end a text."""
         return self._vocabulary.end_ids
 
-    def without_drafts(self) -> "TransformersEngine":
+    def without_drafts(self, *, recorded: bool | None = None) -> "TransformersEngine":
         """Return another engine over the same model, in the same thread, with caches of its own and no drafts.
 
         For measurements. It ends with this one, and must not be closed by itself.
+
+        Args:
+            recorded: Whether single tokens are read by recorded steps; as it is served if None.
         """
         if self._tree is None:
             raise EngineError("the model was unloaded; ask again")
-        return TransformersEngine(self._worker, self._tree, self._loop.without_drafts(), self._twin)
+        return TransformersEngine(self._worker, self._tree, self._loop.without_drafts(recorded=recorded), self._twin)
 
     async def generate_from_scratch(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], float]:
         """Return what transformers' own loop writes, and the seconds that it took; for measurements."""

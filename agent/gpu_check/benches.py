@@ -44,20 +44,12 @@ def bandwidth(device: torch.device, n_bytes: int) -> float:
 
 async def decoding(subject: Subject) -> Sequence[Row]:
     """Measure tokens a second, and hold them against what the memory's bandwidth allows."""
-    extent, engine = subject.extent, subject.engine.without_drafts()
+    extent = subject.extent
     speed = bandwidth(subject.device, extent.copied_bytes)
     n_prompt = extent.prompts[1]
-    await drained(engine, subject.request(n_prompt, 4))
-    rates = []
-    for _ in range(_TIMES):
-        times = []
-        async with aclosing(engine.generate(subject.request(n_prompt, extent.decode_tokens))) as stream:
-            async for event in stream:
-                if isinstance(event, Decoded):
-                    times += [time.perf_counter()] * len(event.ids)
-        if len(times) > 1:
-            rates.append((len(times) - 1) / (times[-1] - times[0]))
-    rate = statistics.median(rates)
+    rate = await _tokens_per_s(subject, n_prompt, recorded=None)
+    launched = await _tokens_per_s(subject, n_prompt, recorded=False)
+    difference = await _difference(subject, n_prompt)
     plan = memory.plan(subject.size, replace(subject.workload, context_tokens=n_prompt, caches=1))
     head = plan.bytes_of("head") or plan.bytes_of("embeddings")
     each = plan.bytes_of("layers") + head + plan.kv_bytes_per_token * n_prompt
@@ -69,7 +61,49 @@ async def decoding(subject: Subject) -> Sequence[Row]:
         "bandwidth_bytes_per_s": speed,
         "bytes_per_token": each,
     }
-    return [Row("decode", f"{rate:.1f} tokens/s, {rate / roof:.0%} of {roof:.0f}", None, note, figures)]
+    beside = {"tokens_per_s": launched, "logp_difference_nats": difference}
+    return [
+        Row("decode", f"{rate:.1f} tokens/s, {rate / roof:.0%} of {roof:.0f}", None, note, figures),
+        Row(
+            "decode, each step launched",
+            f"{launched:.1f} tokens/s",
+            None,
+            f"log-probabilities of the same tokens differ from recorded steps' by {difference:.4f} nats at most",
+            beside,
+        ),
+    ]
+
+
+async def _tokens_per_s(subject: Subject, n_prompt: int, *, recorded: bool | None) -> float:
+    """Return how fast tokens come behind a prompt that was read; the middle one of a few texts."""
+    engine, new_tokens = subject.engine.without_drafts(recorded=recorded), subject.extent.decode_tokens
+    await drained(engine, subject.request(n_prompt, 4))
+    rates = []
+    for _ in range(_TIMES):
+        times = []
+        async with aclosing(engine.generate(subject.request(n_prompt, new_tokens))) as stream:
+            async for event in stream:
+                if isinstance(event, Decoded):
+                    times += [time.perf_counter()] * len(event.ids)
+        if len(times) > 1:
+            rates.append((len(times) - 1) / (times[-1] - times[0]))
+    return statistics.median(rates)
+
+
+async def _difference(subject: Subject, n_prompt: int) -> float:
+    """Return by how much, at most, recorded steps and others differ in the log-probabilities of one text, in nats."""
+    request = subject.request(n_prompt, subject.extent.decode_tokens)
+    said = []
+    for recorded in (None, False):
+        events = await drained(subject.engine.without_drafts(recorded=recorded), request)
+        tokens = [event for event in events if isinstance(event, Decoded)]
+        said.append([(one, logp) for event in tokens for one, logp in zip(event.ids, event.logps, strict=True)])
+    largest = 0.0
+    for (one, logp), (other, other_logp) in zip(*said, strict=False):
+        if one != other:
+            break  # from here on they are two texts
+        largest = max(largest, abs(logp - other_logp))
+    return largest
 
 
 async def first_text(subject: Subject) -> Sequence[Row]:
