@@ -78,7 +78,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the base's o
     @staticmethod
     def _roomier(new: torch.Tensor, old: torch.Tensor | None, used: int, needed: int) -> torch.Tensor:
         size = -(-needed // _ROOM_TOKENS) * _ROOM_TOKENS
-        room = new.new_empty((*new.shape[:2], size, new.shape[-1]))
+        # Zeros: a recorded step attends to the whole room, and what the mask hides counts nothing only if it is a number.
+        room = new.new_zeros((*new.shape[:2], size, new.shape[-1]))
         if used and old is not None:
             room[:, :, :used] = old[:, :, :used]
         return room

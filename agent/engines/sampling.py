@@ -6,9 +6,12 @@ Knows no text.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
+
+from agent.errors import EngineError
 
 _SEED_BYTES = 8  # of a hash, for a number between 0 and 1
 
@@ -36,6 +39,9 @@ def choose(logits: torch.Tensor, *, temperature: float, seed: int, position: int
 
     Returns:
         T choices, read from the device in one go; T may be 0.
+
+    Raises:
+        EngineError: The model computed something that is no number; its text would be noise.
     """
     if not len(logits):
         return []
@@ -48,6 +54,10 @@ def choose(logits: torch.Tensor, *, temperature: float, seed: int, position: int
         top = scores.topk(min(n_alternatives, scores.shape[-1]), dim=-1)
         columns += [top.indices.double(), (top.values - totals).double()]
     rows = torch.cat(columns, -1).tolist()  # an id is exact in a double
+    if any(math.isnan(row[1]) for row in rows):
+        raise EngineError(
+            "the model computed NaN where it should choose a token; detach its adapter, or try engine.quantisation = fp32"
+        )
     return [_choice(row) for row in rows]
 
 

@@ -49,7 +49,7 @@ async def decoding(subject: Subject) -> Sequence[Row]:
     n_prompt = extent.prompts[1]
     rate = await _tokens_per_s(subject, n_prompt, recorded=None)
     launched = await _tokens_per_s(subject, n_prompt, recorded=False)
-    difference = await _difference(subject, n_prompt)
+    same, difference = await _difference(subject, n_prompt)
     plan = memory.plan(subject.size, replace(subject.workload, context_tokens=n_prompt, caches=1))
     head = plan.bytes_of("head") or plan.bytes_of("embeddings")
     each = plan.bytes_of("layers") + head + plan.kv_bytes_per_token * n_prompt
@@ -61,14 +61,14 @@ async def decoding(subject: Subject) -> Sequence[Row]:
         "bandwidth_bytes_per_s": speed,
         "bytes_per_token": each,
     }
-    beside = {"tokens_per_s": launched, "logp_difference_nats": difference}
+    beside = {"tokens_per_s": launched, "same_tokens": same, "logp_difference_nats": difference}
     return [
         Row("decode", f"{rate:.1f} tokens/s, {rate / roof:.0%} of {roof:.0f}", None, note, figures),
         Row(
             "decode, each step launched",
             f"{launched:.1f} tokens/s",
             None,
-            f"log-probabilities of the same tokens differ from recorded steps' by {difference:.4f} nats at most",
+            f"the first {same} of {extent.decode_tokens} tokens as by recorded steps, within {difference:.1g} nats",
             beside,
         ),
     ]
@@ -90,20 +90,20 @@ async def _tokens_per_s(subject: Subject, n_prompt: int, *, recorded: bool | Non
     return statistics.median(rates)
 
 
-async def _difference(subject: Subject, n_prompt: int) -> float:
-    """Return by how much, at most, recorded steps and others differ in the log-probabilities of one text, in nats."""
+async def _difference(subject: Subject, n_prompt: int) -> tuple[int, float]:
+    """Hold recorded steps against launched ones: how many tokens are the same, and the largest difference of these in nats."""
     request = subject.request(n_prompt, subject.extent.decode_tokens)
     said = []
     for recorded in (None, False):
         events = await drained(subject.engine.without_drafts(recorded=recorded), request)
         tokens = [event for event in events if isinstance(event, Decoded)]
         said.append([(one, logp) for event in tokens for one, logp in zip(event.ids, event.logps, strict=True)])
-    largest = 0.0
+    same, largest = 0, 0.0
     for (one, logp), (other, other_logp) in zip(*said, strict=False):
         if one != other:
             break  # from here on they are two texts
-        largest = max(largest, abs(logp - other_logp))
-    return largest
+        same, largest = same + 1, max(largest, abs(logp - other_logp))
+    return same, largest
 
 
 async def first_text(subject: Subject) -> Sequence[Row]:

@@ -22,6 +22,15 @@ def states(count: int, seed: int) -> tuple[Any, Any]:
     return torch.randn(1, 2, count, 4, generator=generator), torch.randn(1, 2, count, 6, generator=generator)
 
 
+def test_what_lies_behind_the_last_token_is_a_number() -> None:
+    # A recorded step multiplies it by nothing, and nothing times NaN is NaN.
+    layer = RoomyLayer()
+    for number in range(4):
+        layer.update(*states(90, number))
+        for room in layer.make_room(layer.get_seq_length() + 1):
+            assert bool((room[:, :, layer.get_seq_length() :] == 0).all())
+
+
 def test_a_roomy_layer_is_the_librarys_but_for_its_room() -> None:
     rng = random.Random(1)
     ours, theirs = RoomyLayer(), DynamicLayer()

@@ -7,6 +7,7 @@ pytest.importorskip("torch", reason="torch is not installed; make train-deps")
 import torch
 
 from agent.engines.sampling import choose
+from agent.errors import EngineError
 
 
 def test_the_likeliest_token_with_its_log_probability_and_the_others() -> None:
@@ -49,3 +50,10 @@ def test_chance_belongs_to_the_place_and_the_seed() -> None:
 def test_a_share_of_nothing_is_never_drawn() -> None:
     logits = torch.tensor([[0.0, float("-inf"), float("-inf"), 0.0, float("-inf")]]).repeat(200, 1)
     assert {each.id for each in choose(logits, temperature=1.0, seed=1, position=0, n_alternatives=0)} == {0, 3}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_no_number_is_no_text(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, float("nan"), 1.0]])
+    with pytest.raises(EngineError, match="NaN"):
+        choose(logits, temperature=temperature, seed=0, position=0, n_alternatives=2)
