@@ -65,6 +65,19 @@ def test_the_gap_where_texts_part() -> None:
     assert loop_bench.gap([1, 2], ours) is None  # one is shorter
 
 
+def test_the_command(world: World, code: list[Path]) -> None:
+    model = save(world.root / "model", small_module(max_position_embeddings=4096))
+    options = ("--positions", "2", "--keys", "2", "--new-tokens", "4", "--model", str(model.path), "--json")
+    done = world.run("bench", "loop", *map(str, code), *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["quantisation"], found["new_tokens"]) == ("fp32", 4)
+    assert found["places"]["same"] == {"drafts": "2 of 2"}
+    missing = world.run("bench", "loop", str(code[0]), "--model", "nonesuch")
+    assert missing.returncode == 1
+    assert missing.stderr.strip().startswith("tabwise: unknown model 'nonesuch'")
+
+
 async def test_an_empty_file_is_one_line(world: World) -> None:
     file = world.root / "empty.py"
     file.write_text("\n")
