@@ -163,7 +163,11 @@ def _folder_words(folder: Path) -> Mapping[int, str]:
     if not path.is_file():
         return {}
     fields = _object(path, path.read_bytes())
-    words = {int(number): str(word) for word, number in fields.get("model", {}).get("vocab", {}).items()}
+    vocabulary = fields.get("model", {}).get("vocab", {})  # by word, or as pairs of word and score
+    numbered = (
+        vocabulary.items() if isinstance(vocabulary, dict) else ((pair[0], n) for n, pair in enumerate(vocabulary))
+    )
+    words = {int(number): str(word) for word, number in numbered}
     return words | {int(added["id"]): str(added["content"]) for added in fields.get("added_tokens", ())}
 
 
