@@ -58,7 +58,7 @@ class LoadedModel:
 
 async def prepare(model: LocalModel, engine: Engine) -> LoadedModel:
     """Find out how the model that `engine` has loaded wants to be asked."""
-    fmt = _format_of(model)
+    fmt = await _format_of(model, engine)
     sentinel_ids: dict[str, int] = {}
     for sentinel in fmt.sentinels() if fmt else ():
         tokens = await engine.tokenize(sentinel, special=True)
@@ -74,7 +74,20 @@ async def prepare(model: LocalModel, engine: Engine) -> LoadedModel:
     return LoadedModel(model, Arbiter(engine), fmt, sentinel_ids, stop_ids, await engine.start_ids())
 
 
-def _format_of(model: LocalModel) -> FimFormat | None:
+async def _format_of(model: LocalModel, engine: Engine) -> FimFormat | None:
     if model.fim is not None:
         return fim.FORMATS.get(model.fim)
-    return fim.detect(gguf_header.read(model.path).vocabulary) if model.format == "gguf" else None
+    if model.format == "gguf":
+        return fim.detect(gguf_header.read(model.path).vocabulary)
+    # No file tells its vocabulary: the tokenizer is asked, as far as it takes to rule a format out.
+    for fmt in fim.FORMATS.values():
+        if await _knows(engine, fmt.sentinels()):
+            return fmt
+    return None
+
+
+async def _knows(engine: Engine, sentinels: Iterable[str]) -> bool:
+    for sentinel in sentinels:
+        if len(await engine.tokenize(sentinel, special=True)) != 1:
+            return False
+    return True

@@ -28,6 +28,7 @@ import psutil
 import xllamacpp
 
 from agent.config import EngineSettings
+from agent.engines import chats
 from agent.engines.base import Adapter, Alternative, Decoded, Event, Finished, GenerationRequest, Prefilled, Task, Token
 from agent.engines.slots import Slots
 from agent.errors import EngineError, ModelCorruptError, PromptTooLongError
@@ -111,20 +112,11 @@ class LlamaCppEngine:
 
     async def chat_ids(self, chat: Chat) -> tuple[int, ...]:
         """Return the prompt for a chat, in the model's own template."""
-        # The template is applied to marks in place of the contents, so that only the template's own text is tokenised
-        # with special tokens.
-        mark = secrets.token_hex(8)
-        marked = [Message(turn.role, f"<{mark}:{index}>") for index, turn in enumerate(chat.messages)]
-        body = {"messages": [{"role": turn.role, "content": turn.content} for turn in marked]}
-        rest: str = (await self._post("/apply-template", body))["prompt"]
-        ids: list[int] = []
-        for turn, placeholder in zip(chat.messages, marked, strict=True):
-            frame, _, rest = rest.partition(placeholder.content)
-            ids += [token.id for token in await self.tokenize(frame, special=True)]
-            ids += [token.id for token in await self.tokenize(turn.content)]
-        ids += [token.id for token in await self.tokenize(rest, special=True)]
-        ids += [token.id for token in await self.tokenize(chat.opening)]
-        return tuple(ids)
+        return await chats.chat_ids(chat, self._rendered, self.tokenize)
+
+    async def _rendered(self, messages: Sequence[Message]) -> str:
+        body = {"messages": [{"role": turn.role, "content": turn.content} for turn in messages]}
+        return str((await self._post("/apply-template", body))["prompt"])
 
     def held(self, prompt_ids: tuple[int, ...]) -> int:
         """Return how many tokens of a completion's prompt are computed already."""
