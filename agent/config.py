@@ -143,7 +143,7 @@ class RemoteSettings(_Section):
     url: str = Field(
         "",
         max_length=2048,
-        description='Address of an OpenAI-compatible server (vLLM, llama-server, Ollama), with or without `/v1`: '
+        description="Address of an OpenAI-compatible server (vLLM, llama-server, Ollama), with or without `/v1`: "
         '"http://127.0.0.1:8000". No user, password or token in it.',
     )
     model: str = Field("", max_length=512, description="Name of the model there; empty for the first one it lists.")
@@ -177,7 +177,10 @@ class RemoteSettings(_Section):
         60.0, ge=0.05, le=3600, description="Seconds for an answer to begin, second tries and waiting included."
     )
     between_s: float = Field(
-        30.0, ge=0.05, le=3600, description="Seconds for an answer to go on; comments that keep a connection open do not count."
+        30.0,
+        ge=0.05,
+        le=3600,
+        description="Seconds for an answer to go on; comments that keep a connection open do not count.",
     )
 
     @field_validator("url")
@@ -250,6 +253,19 @@ def load(path: Path | None = None) -> Settings:
         return Settings.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"the settings {file} have problems: {'; '.join(problems(error))}") from None
+
+
+def with_engine(settings: Settings, kind: str) -> Settings:
+    """Return the settings with another `engine.kind`.
+
+    Raises:
+        ConfigError: There is no such kind.
+    """
+    try:
+        engine = EngineSettings.model_validate(settings.engine.model_dump() | {"kind": kind})
+    except ValidationError as error:
+        raise ConfigError(f"the engine {'; '.join(problems(error))}") from None
+    return settings.model_copy(update={"engine": engine})
 
 
 def overlay(base: Settings, changes: Mapping[str, Any]) -> tuple[Settings, list[str]]:

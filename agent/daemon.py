@@ -44,6 +44,8 @@ class Daemon:
     host: EngineHost
     stop: Callable[[], None]
     """Ends the process, in good order."""
+    engine: Callable[[], dict[str, Any]] = dict
+    """Tells which engine serves, and why."""
     tcp_port: int | None = None
     started: float = field(default_factory=time.time)
     open_requests: OpenRequests = field(default_factory=OpenRequests)
@@ -79,6 +81,7 @@ class Daemon:
                 "loads": self.host.loads,
                 "idle_s": round(self.host.idle_s, 1),
             },
+            "engine": self.engine(),
             "snippet_tokens": (
                 completer.snippet_tokens(self.settings.completion, on_gpu=loaded.engine.on_gpu) if loaded else 0
             ),

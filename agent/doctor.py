@@ -3,6 +3,7 @@
 Looks and reports; changes nothing. A finding that keeps Tabwise from working says how to mend it.
 """
 
+import asyncio
 import importlib.metadata
 import platform
 import shutil
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import psutil
 
-from agent import catalog, config, paths
+from agent import catalog, config, engine_choice, paths, remote_server
 from agent.errors import TabwiseError
 from agent.version import __version__
 
 _MODEL_ROOM = 1.4  # memory that a model of so many bytes takes with its cache and buffers, measured with the starter
+_LOOK_S = 10.0  # for a remote server to say what it serves
 _TRAINING = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 _BASE = ("xllamacpp", "pygls", "starlette", "uvicorn")
 
@@ -98,6 +100,9 @@ def _version(name: str) -> str | None:
 
 
 def _model(settings: config.Settings) -> Iterator[Finding]:
+    if settings.engine.kind == "remote":
+        yield from _remote(settings)
+        return
     name = settings.model.name
     try:
         model = catalog.find(name)
@@ -114,12 +119,43 @@ def _model(settings: config.Settings) -> Iterator[Finding]:
             f"{name} needs about {size * _MODEL_ROOM / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
             "close programs, or choose a smaller model in model.name",
         )
-    engine = "llama.cpp" if model.format == "gguf" else "none in this version: choose a GGUF file"
-    yield Finding(
-        "engine",
-        model.format == "gguf",
-        f"{engine}, {settings.engine.threads or psutil.cpu_count(logical=False)} threads",
-    )
+    try:
+        choice = engine_choice.choose(settings, model, engine_choice.look(), engine_choice.planned_bytes)
+    except TabwiseError as error:
+        yield Finding("engine", False, str(error))
+        return
+    threads = settings.engine.threads or psutil.cpu_count(logical=False)
+    yield Finding("engine", True, f"{choice.kind.label}, {threads} threads: {choice.reason}")
+
+
+def _remote(settings: config.Settings) -> Iterator[Finding]:
+    """Look at the settings of a remote server, and ask it what it serves."""
+    try:
+        where = remote_server.root(settings.remote)
+        token = remote_server.token(settings.remote)
+    except TabwiseError as error:
+        yield Finding("engine", False, str(error), f"edit {paths.config_file()}")
+        return
+    yield Finding("engine", True, f"a remote server: {where}, {'with a token' if token else 'without a token'}")
+    # Not a fault, since it was set so; but nobody shall overlook it.
+    yield Finding("privacy", None, remote_server.exposure(settings.remote))
+    try:
+        yield Finding("server", True, asyncio.run(_served(settings)))
+    except TabwiseError as error:
+        yield Finding("server", False, str(error))
+
+
+async def _served(settings: config.Settings) -> str:
+    from agent.engines.remote import RemoteEngine  # aiohttp takes 0.15 s to import
+
+    # Who looks waits for seconds, not for as long as a completion might.
+    remote = settings.remote.model_copy(update={"first_s": min(settings.remote.first_s, _LOOK_S)})
+    engine = await RemoteEngine.load(remote, settings.engine)
+    try:
+        exact = "tokens by id" if engine.dialect.exact else "text alone: no log-probabilities, nothing to learn from"
+        return f"{engine.model} by {engine.dialect.name} ({exact}), {engine.context_tokens} tokens of context"
+    finally:
+        await engine.close()
 
 
 def _size(path: Path) -> int:

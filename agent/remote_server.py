@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from agent.config import RemoteSettings
 from agent.errors import ConfigError
 
-TOKEN_VARIABLE = "TABWISE_REMOTE_TOKEN"  # noqa: S105 - the variable's name, not its value
+TOKEN_VARIABLE = "TABWISE_REMOTE_TOKEN"
 _TOKEN = re.compile(r"[\x21-\x7e]{1,4096}")  # what a header can carry; signed tokens have a few thousand characters
 
 
@@ -82,6 +82,8 @@ def _private_text(path: Path) -> str:
                 )
             return file.read(1 << 16)  # far more than any token
     except OSError as error:
-        raise ConfigError(f"cannot read remote.token_file {path}: {error.strerror}; mend the path or its rights") from None
+        raise ConfigError(
+            f"cannot read remote.token_file {path}: {error.strerror}; mend the path or its rights"
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"remote.token_file {path} is no text; give a file that holds the token alone") from None

@@ -9,7 +9,7 @@ its place.
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -47,7 +47,13 @@ class RemoteEngine:
     """A server for others has a GPU; where it has none, `completion.snippet_tokens` makes prompts shorter."""
 
     def __init__(
-        self, connection: Connection, dialect: Dialect, card: dict[str, Any], adapters: RemoteAdapters, room: int, slots: int
+        self,
+        connection: Connection,
+        dialect: Dialect,
+        card: dict[str, Any],
+        adapters: RemoteAdapters,
+        room: int,
+        slots: int,
     ) -> None:
         """Wrap a connection; use `load`."""
         self.context_tokens = room
@@ -56,8 +62,7 @@ class RemoteEngine:
         self._card = card
         self._adapters = adapters
         self._slots = Slots(slots)
-        self._sure_until = 0.0
-        self._answered()
+        self._sure_until = time.monotonic() + _SURE_S
 
     @classmethod
     async def load(cls, settings: RemoteSettings, engine: EngineSettings) -> "RemoteEngine":
@@ -84,17 +89,25 @@ class RemoteEngine:
         adapters = RemoteAdapters(connection, settings, takes=isinstance(dialect, Vllm))
         return cls(connection, dialect, card, adapters, room, engine.completion_slots)
 
+    @property
+    def model(self) -> str:
+        """Name of the model on the server."""
+        return str(self._card["id"])
+
     async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
         """Return the tokens of `text`."""
-        return await self.dialect.tokenize(text, special=special)
+        async with self._asking():
+            return await self.dialect.tokenize(text, special=special)
 
     async def start_ids(self) -> tuple[int, ...]:
         """Return the ids with which every prompt begins."""
-        return await self.dialect.start_ids()
+        async with self._asking():
+            return await self.dialect.start_ids()
 
     async def chat_ids(self, chat: Chat) -> tuple[int, ...]:
         """Return the prompt for a chat."""
-        return await self.dialect.chat_ids(chat)
+        async with self._asking():
+            return await self.dialect.chat_ids(chat)
 
     def held(self, prompt_ids: tuple[int, ...]) -> int:
         """Return how many tokens of a completion's prompt the server was asked about lately; others may push them out."""
@@ -102,7 +115,7 @@ class RemoteEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Continue a prompt."""
-        model = str(self._card["id"])
+        model = self.model
         if request.adapter is not None:
             if request.adapter not in self._adapters.served:
                 raise AdapterError(f"the adapter {request.adapter!r} is not attached; attach it first")
@@ -113,21 +126,15 @@ class RemoteEngine:
                 f"the prompt needs {needed} tokens, the context has {self.context_tokens}; "
                 "raise engine.context_tokens (and the server's), or shorten the text"
             )
-        await self._same_model()
         slot = None
         if request.task is Task.COMPLETION:
             slot, _ = self._slots.choose(request.prompt_ids, ahead=request.ahead)
-        try:
-            async with aclosing(self._stream(request, model)) as events:
-                async for event in events:
-                    if slot is not None and isinstance(event, Prefilled):
-                        self._slots.read(slot, event.done_tokens)
-                    if request.max_tokens or not isinstance(event, Decoded):
-                        yield event
-        except RemoteError:
-            self._sure_until = 0.0
-            raise
-        self._answered()
+        async with self._asking(), aclosing(self._stream(request, model)) as events:
+            async for event in events:
+                if slot is not None and isinstance(event, Prefilled):
+                    self._slots.read(slot, event.done_tokens)
+                if request.max_tokens or not isinstance(event, Decoded):
+                    yield event
 
     async def _stream(self, request: GenerationRequest, model: str) -> AsyncGenerator[Event, None]:
         path, body = self.dialect.asked(request, model)
@@ -159,17 +166,31 @@ class RemoteEngine:
         await self._adapters.release()
         await self._connection.close()
 
-    def _answered(self) -> None:
+    @asynccontextmanager
+    async def _asking(self) -> AsyncGenerator[None, None]:
+        """Ask within it: first which model the server has, where it may have been started anew with another."""
+        if time.monotonic() >= self._sure_until:
+            await self._same_model()
+        try:
+            yield
+        except RemoteError as error:
+            self._sure_until = 0.0
+            if error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+                raise ModelChangedError(f"{error}; it may be another server now, ask again") from None
+            raise
         self._sure_until = time.monotonic() + _SURE_S
 
     async def _same_model(self) -> None:
-        """Raise where the server may have been started anew with another model, whose tokens are others."""
-        if time.monotonic() < self._sure_until:
-            return
-        card = await _card(self._connection, str(self._card["id"]))
+        try:
+            card = await _card(self._connection, self.model)
+        except _NotServedError as error:
+            raise ModelChangedError(str(error)) from None
         if _identity(card) != _identity(self._card):
             raise ModelChangedError(f"{self._connection.where} serves another model than before; ask again")
-        self._answered()
+
+
+class _NotServedError(RemoteError):
+    """The server answers, and does not have the model."""
 
 
 async def _card(connection: Connection, model: str) -> dict[str, Any]:
@@ -182,7 +203,9 @@ async def _card(connection: Connection, model: str) -> dict[str, Any]:
     ]
     bases = [card for card in cards if not card.get("parent")]
     if not cards:
-        raise RemoteError(f"{connection.where}/v1/models lists no model; is it an OpenAI server, and is a model loaded?")
+        raise _NotServedError(
+            f"{connection.where}/v1/models lists no model; is it an OpenAI server, and is a model loaded?"
+        )
     if not model and len(bases) == 1:
         return bases[0]
     for card in cards:
@@ -190,7 +213,7 @@ async def _card(connection: Connection, model: str) -> dict[str, Any]:
             return card
     names = ", ".join(ascii(card["id"][:_NAME_CHARS]) for card in bases[:_TOLD_NAMES])
     wanted = f"does not serve {model!r}, but" if model else "serves several models:"
-    raise RemoteError(f"{connection.where} {wanted} {names}; set remote.model")
+    raise _NotServedError(f"{connection.where} {wanted} {names}; set remote.model")
 
 
 async def _dialect(connection: Connection, card: dict[str, Any], fmt: str) -> Dialect:

@@ -51,8 +51,8 @@ class RemoteAdapters:
         new: list[str] = []
         try:
             for adapter in adapters:
-                if adapter.name not in there and await self._load(adapter):
-                    new.append(adapter.name)
+                if adapter.name not in there:
+                    new += [adapter.name] if await self._load(adapter) else []
         except BaseException:
             for name in new:
                 await self._unload(name)

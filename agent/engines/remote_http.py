@@ -111,7 +111,9 @@ class Connection:
             kind = answer.content_type
             if kind != "text/event-stream":
                 told = kind if _WORD.fullmatch(kind.replace("/", "-")) else "something else"
-                raise RemoteError(f"{self.where}{path} answered with {told}, not with a stream; is it an OpenAI server?")
+                raise RemoteError(
+                    f"{self.where}{path} answered with {told}, not with a stream; is it an OpenAI server?"
+                )
             events, patience = sse.Events(), self._settings.first_s
             while received := await self._received(answer, until, patience):
                 for data in self._data(events, received):
@@ -129,7 +131,9 @@ class Connection:
 
     def broke_off(self, what: str = "") -> RemoteError:
         """Return the error for an answer that has no end."""
-        return RemoteError(f"{self.where} broke off in the middle of an answer{f' ({what})' if what else ''}; try again")
+        return RemoteError(
+            f"{self.where} broke off in the middle of an answer{f' ({what})' if what else ''}; try again"
+        )
 
     def failed(self, fields: Any) -> RemoteError:
         """Return the error for one that the server reports within a stream."""

@@ -26,7 +26,7 @@ class TextServer:
 
     name = "text"
     exact = False
-    context_tokens = None
+    context_tokens: int | None = None
 
     def __init__(self, fmt: FimFormat = SUFFIX) -> None:
         """Write prompts in `fmt`; `SUFFIX` leaves that to the server."""

@@ -95,9 +95,7 @@ class Vllm:
             found = (await self._text(joined)).split(_SEPARATOR)[1:-1]
             if len(found) != len(new):  # one of them holds the separator
                 found = [await self._text([one]) for one in new]
-            self._texts |= {
-                one: None if "\ufffd" in text else text for one, text in zip(new, found, strict=True)
-            }
+            self._texts |= {one: None if "\ufffd" in text else text for one, text in zip(new, found, strict=True)}
         return [self._texts[one] for one in ids]
 
     async def _tokens(self, text: str) -> list[Token]:
@@ -134,12 +132,20 @@ class _VllmReader(Reader):
         begin: list[Event] = [] if self._begun else [Prefilled(self.total_tokens, self.total_tokens, 0)]
         self._begun = True
         text = choice.get("text") or ""
-        texts = await self._dialect.texts(ids) if len(ids) > 1 else [text]
-        if "".join(each or "" for each in texts) != text:
-            # Several tokens came at once, and their texts do not add up: a character was cut, or one is hidden.
+        texts = await self._texts(ids, text)
+        if texts is None:
             return [*begin, Decoded(text, tuple(ids), tuple(logps), others[-1], exact)]
         steps = zip(texts, ids, logps, others, strict=True)
-        return [*begin, *(Decoded(each or "", (one,), (logp,), other, exact) for each, one, logp, other in steps)]
+        return [*begin, *(Decoded(each, (one,), (logp,), other, exact) for each, one, logp, other in steps)]
+
+    async def _texts(self, ids: Sequence[int], text: str) -> list[str] | None:
+        """Return each token's part of `text`; None where that cannot be told, since a character has several tokens."""
+        if len(ids) == 1:
+            return [text]
+        texts = [each or "" for each in await self._dialect.texts(ids)]
+        # Special tokens have no text in an answer.
+        shown = ["" if marks.may_be_special(each) else each for each in texts]
+        return next((each for each in (texts, shown) if "".join(each) == text), None)
 
     async def _rest_of_text(self, text: str) -> list[Event]:
         # What was held back of the text comes without a token.
