@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.catalog import LocalModel
-from agent.engines.base import Adapter, Alternative, Decoded, Engine, Event, Finished, GenerationRequest, Prefilled, Token
+from agent.engines.base import (
+    Adapter,
+    Alternative,
+    Decoded,
+    Engine,
+    Event,
+    Finished,
+    GenerationRequest,
+    Prefilled,
+    Token,
+)
 from agent.errors import PromptTooLongError
 from agent.types import Chat, Completion, CompletionRequest, Source, StopReason, Timing
 from tests.fault_server import MODEL, Exchange, FaultServer, answer, status

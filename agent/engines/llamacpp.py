@@ -186,9 +186,12 @@ class LlamaCppEngine:
                         continue
                     data = json.loads(line.removeprefix(b"data: "))
                     event = await self._event(data, seen)
+                    if isinstance(event, Finished) and not request.max_tokens:
+                        event = replace(event, decoded_tokens=0)
                     if isinstance(event, Decoded):
                         seen = int(data["tokens_predicted"])
-                    if event is not None:
+                    # Asked for none, llama.cpp writes one token all the same.
+                    if event is not None and (request.max_tokens or not isinstance(event, Decoded)):
                         yield event
         except aiohttp.ClientError as error:
             raise EngineError(f"llama.cpp broke off ({type(error).__name__}); try again") from None

@@ -304,7 +304,7 @@ async def test_where_one_is_refused_those_from_before_stay(server: FaultServer, 
     fake = FakeVllm(server)
     engine = await loaded(server, base="starter")
     await engine.attach([Adapter("old-1f", tmp_path)])
-    with pytest.raises(AdapterError, match="'bad-3d' is not served: .*cannot read"):
+    with pytest.raises(AdapterError, match=r"'bad-3d' is not served: .*cannot read"):
         await engine.attach([Adapter("new-2e", tmp_path), Adapter("bad-3d", tmp_path / "damaged")])
     assert list(fake.adapters) == ["old-1f"]
     await run(engine, GenerationRequest((97,), 4, adapter="old-1f"))

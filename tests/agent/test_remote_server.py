@@ -115,7 +115,7 @@ def test_what_is_no_token_is_refused_and_not_repeated(tmp_path: Path, text: str)
 def test_a_token_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         remote_server.token(settings(token_file=str(tmp_path / "none")), {})
-    with pytest.raises(ConfigError, match="remote.token_file"):
+    with pytest.raises(ConfigError, match=r"remote\.token_file"):
         remote_server.token(settings(token_file=str(tmp_path)), {})
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "bytes").chmod(0o600)
