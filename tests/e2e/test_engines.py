@@ -1,4 +1,8 @@
-"""What every engine must do, on the real starter model: llama.cpp and transformers in this process, a remote server."""
+"""What every engine must do, on the real starter model: llama.cpp and transformers in this process, servers elsewhere.
+
+A vLLM server is asked where `TABWISE_VLLM_URL` names one (`--max-model-len` of 4096 at least), with the key that
+`TABWISE_REMOTE_TOKEN` holds.
+"""
 
 import asyncio
 import importlib
@@ -8,6 +12,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
@@ -45,11 +50,13 @@ class Subject:
     name: str
     engine: Engine
     model: LocalModel
-    worker: psutil.Process
-    """The process that computes."""
+    worker: psutil.Process | None
+    """The process that computes; None where it is not known."""
+    tells_cache: bool = True
+    """Whether it says, to the token, what it took from its cache."""
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["llamacpp", "transformers", "remote"])
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["llamacpp", "transformers", "remote", "vllm"])
 async def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Subject]:
     """Each engine, loaded once; a fixture of pytest's own gives no directories to a whole module."""
     path = STARTER_DIR / "starter" / catalog.entry("starter").file
@@ -59,10 +66,20 @@ async def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     known = catalog.entry("starter")
     model = LocalModel("starter", path, "gguf", known.fim, known.context_tokens, known.sha256)
     me = psutil.Process()
+    if request.param == "vllm":
+        # Its wheels are gigabytes, and what it runs on is not what this project runs on: whoever has one starts it.
+        if "TABWISE_VLLM_URL" not in os.environ:
+            pytest.skip("TABWISE_VLLM_URL names no vLLM server that serves the starter model")
+        engine: Engine = await RemoteEngine.load(RemoteSettings(url=os.environ["TABWISE_VLLM_URL"]), EngineSettings())
+        yield Subject(
+            "vllm", engine, replace(model, format=catalog.REMOTE, fim=None, path=Path()), None, tells_cache=False
+        )
+        await engine.close()
+        return
     if request.param == "remote":
         with llama_server(path) as (settings, pid), pytest.MonkeyPatch.context() as patch:
             patch.setenv("TABWISE_REMOTE_TOKEN", settings.pop("key"))
-            engine: Engine = await RemoteEngine.load(RemoteSettings(**settings), EngineSettings())
+            engine = await RemoteEngine.load(RemoteSettings(**settings), EngineSettings())
             there = replace(model, format=catalog.REMOTE, fim=None, path=Path())
             yield Subject("remote", engine, there, psutil.Process(pid))
             await engine.close()
@@ -82,8 +99,6 @@ async def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 @contextmanager
 def short_directory() -> Iterator[Path]:
-    import tempfile
-
     with tempfile.TemporaryDirectory(prefix="tw-") as folder:
         yield Path(folder)
 
@@ -183,15 +198,17 @@ async def test_greedy_is_repeatable_and_the_cache_changes_nothing(subject: Subje
     cold, first = await run(subject.engine, GenerationRequest(prompt, 16, cached=False))
     assert first.prefill_tokens == len(prompt)
     assert first.cached_tokens == 0
+    assert first.decoded_tokens == 16
     warm, second = await run(subject.engine, GenerationRequest(prompt, 16))
     again, third = await run(subject.engine, GenerationRequest(prompt, 16))
-    assert third.cached_tokens >= len(prompt) - 1
+    if subject.tells_cache:
+        assert third.cached_tokens >= len(prompt) - 1
     assert third.prefill_tokens + third.cached_tokens == len(prompt)
     assert all_ids(cold) == all_ids(warm) == all_ids(again)
     assert text_of(cold).strip()
     for one, other in zip(cold, again, strict=True):
         assert one.logps[0] == pytest.approx(other.logps[0], abs=0.05)
-    assert first.decoded_tokens == second.decoded_tokens == third.decoded_tokens == 16
+    assert second.decoded_tokens == third.decoded_tokens == 16
 
 
 async def test_every_token_has_its_log_probability(subject: Subject) -> None:
@@ -252,10 +269,12 @@ async def test_cancelling_while_decoding_frees_the_engine(subject: Subject) -> N
     await until_event(subject.engine, GenerationRequest(prompt, 500), lambda event: isinstance(event, Decoded))
     await is_quiet(subject)
     _, finished = await run(subject.engine, GenerationRequest(prompt, 1))
-    assert finished.cached_tokens >= len(prompt) - 1
+    assert finished.cached_tokens >= len(prompt) - 1 or not subject.tells_cache
 
 
 async def test_cancelling_in_prefill_frees_the_engine(subject: Subject) -> None:
+    if subject.name == "vllm":
+        pytest.skip("vLLM tells nothing while it reads")
     prompt = await ids_of(subject.engine, f"# {secrets.token_hex(8)}\n" + CODE * 60)
     began = asyncio.get_running_loop().time()
     await until_event(
@@ -280,6 +299,8 @@ async def until_event(engine: Engine, request: GenerationRequest, wanted: Callab
 
 async def is_quiet(subject: Subject) -> None:
     """Nothing computes: an engine that goes on takes a second of processor time a second, and more."""
+    if subject.worker is None:
+        return
     await asyncio.sleep(2.0)  # two batches at most; on a machine that others use, too
     before = subject.worker.cpu_times().user
     await asyncio.sleep(0.5)
@@ -303,7 +324,7 @@ async def test_with_no_tokens_the_prompt_is_only_read(subject: Subject) -> None:
     assert subject.engine.held(prompt) >= len(prompt) - 1
     assert subject.engine.held((*prompt, 750)) >= len(prompt) - 1
     _, finished = await run(subject.engine, GenerationRequest(prompt, 1))
-    assert finished.cached_tokens >= len(prompt) - 1
+    assert finished.cached_tokens >= len(prompt) - 1 or not subject.tells_cache
 
 
 async def test_many_who_ask_at_once_are_served_one_after_the_other(subject: Subject) -> None:
@@ -332,9 +353,9 @@ async def test_no_adapter_is_attached_and_none_is_served(subject: Subject) -> No
 async def test_a_key_that_is_wrong_is_told_and_not_repeated(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     if not isinstance(subject.engine, RemoteEngine):
         pytest.skip("only servers want a key")
+    assert subject.engine.dialect.name == {"remote": "llama-server", "vllm": "vLLM"}[subject.name]
     monkeypatch.setenv("TABWISE_REMOTE_TOKEN", "sk-wrong")
     url = subject.engine._connection.where
     with pytest.raises(RemoteError, match="refuses the token") as caught:
         await RemoteEngine.load(RemoteSettings(url=url), EngineSettings())
     assert "sk-wrong" not in str(caught.value)
-    assert subject.engine.dialect.name == "llama-server"
