@@ -23,7 +23,7 @@ from agent import catalog, remote_server
 from agent.catalog import LocalModel
 from agent.config import EngineSettings, Settings
 from agent.engines.base import Engine
-from agent.errors import EngineError, UnknownModelError
+from agent.errors import EngineError, MemoryFullError, UnknownModelError
 
 _SMI_S = 10.0  # it takes 0.1 s on a card that is awake, and seconds on one that is not
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft")
@@ -217,24 +217,35 @@ class EngineLoader:
             TabwiseError: It cannot be loaded.
         """
         found = Found() if self._settings.engine.kind in ("llamacpp", "remote") else await asyncio.to_thread(self._look)
-        self.choice = choice = choose(self._settings, model, found, self._needs)
+        self.choice = choose(self._settings, model, found, self._needs)
+        if self.choice.kind is EngineKind.TRANSFORMERS:
+            try:
+                return await self._transformers(model)
+            except MemoryFullError as error:
+                if self._settings.engine.kind != "auto" or model.format != "gguf":
+                    raise
+                self.choice = Choice(EngineKind.LLAMACPP, f"transformers could not be used: {error}")
         engine = self._settings.engine
-        if choice.kind is EngineKind.REMOTE:
+        if self.choice.kind is EngineKind.REMOTE:
             remote: Any = importlib.import_module("agent.engines.remote")
             loaded: Engine = await remote.RemoteEngine.load(self._settings.remote, engine)
-        elif choice.kind is EngineKind.TRANSFORMERS:
-            transformers: Any = await asyncio.to_thread(importlib.import_module, "agent.engines.transformers")
-            loaded = await transformers.TransformersEngine.load(model, engine)
         else:
             llamacpp: Any = importlib.import_module("agent.engines.llamacpp")  # 100 MB of native code
             loaded = await llamacpp.LlamaCppEngine.load(model.path, engine, self._runtime)
         return loaded
 
+    async def _transformers(self, model: LocalModel) -> Engine:
+        transformers: Any = await asyncio.to_thread(importlib.import_module, "agent.engines.transformers")
+        engine: Engine = await transformers.TransformersEngine.load(model, self._settings.engine)
+        return engine
+
     def told(self) -> dict[str, Any]:
         """Return what `tabwise status` shows of it."""
-        remote = self._settings.engine.kind == "remote"
+        choice, remote = self.choice, self._settings.engine.kind == "remote"
+        if choice is None and remote:  # needs no looking, and nobody shall have to load it to know
+            choice = Choice(EngineKind.REMOTE, remote_server.exposure(self._settings.remote))
         return {
-            "kind": self.choice.kind.value if self.choice else None,
-            "reason": self.choice.reason if self.choice else None,
+            "kind": choice.kind.value if choice else None,
+            "reason": choice.reason if choice else None,
             "text_leaves_machine": remote and not remote_server.is_here(self._settings.remote),
         }

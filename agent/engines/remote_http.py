@@ -9,6 +9,7 @@ nothing is asked a second time once a byte of an answer was seen.
 """
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncGenerator
@@ -29,6 +30,8 @@ from agent.version import __version__
 
 _TRIES = 3  # a server that restarts behind a balancer is back at the second; somebody waits for each
 _WAIT_S, _LONGEST_WAIT_S = 0.1, 1.0  # before the second try, and before any; a person who types has gone on by then
+_END_S = 0.05  # it comes with the last event or right behind it
+_KEEP_S = 4.0  # for an idle connection: uvicorn, which vLLM runs on, closes them after 5 s
 _AGAIN = frozenset({429, 500, 502, 503, 504})
 _BODY_BYTES = 8 << 20  # of a whole answer: 30 KB of text as tokens with their texts have half a megabyte
 _REASON_BYTES = 1 << 16  # of a refusal's body
@@ -68,6 +71,7 @@ class Connection:
         self._proxy = _proxy_for(URL(self.where)) if settings.proxy == "environment" else None
         self._http = aiohttp.ClientSession(
             headers=headers,
+            connector=aiohttp.TCPConnector(keepalive_timeout=_KEEP_S),
             # Whole requests are timed below; here only what nobody else sees, the making of a connection.
             timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_s, sock_connect=settings.connect_s),
             auto_decompress=False,  # nothing compressed is asked for, and a small body could become a huge one
@@ -118,6 +122,7 @@ class Connection:
             while received := await self._received(answer, until, patience):
                 for data in self._data(events, received):
                     if data == b"[DONE]":
+                        await self._end(answer)
                         return
                     yield self._object(data)
                     patience = self._settings.between_s
@@ -138,6 +143,12 @@ class Connection:
     def failed(self, fields: Any) -> RemoteError:
         """Return the error for one that the server reports within a stream."""
         return RemoteError(f"{self.where} failed{_identifiers(fields)}; see the server's log")
+
+    async def _end(self, answer: aiohttp.ClientResponse) -> None:
+        """Wait for the end of the body behind the last event, so that the connection can be used again."""
+        with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+            async with asyncio.timeout(_END_S):
+                await answer.content.readany()
 
     async def _whole(self, method: str, path: str, body: dict[str, Any] | None, *, private: bool) -> bytes:
         until = self._now() + self._settings.first_s

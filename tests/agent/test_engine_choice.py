@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from agent import config, engine_choice
 from agent.catalog import LocalModel
 from agent.config import EngineSettings, RemoteSettings, Settings
 from agent.engine_choice import Choice, EngineKind, EngineLoader, Found
-from agent.errors import ConfigError, EngineError, RemoteError, UnknownModelError
+from agent.engines.base import Engine
+from agent.errors import ConfigError, EngineError, MemoryFullError, RemoteError, UnknownModelError
+from tests.fakes import FakeEngine
 
 GGUF = LocalModel("starter", Path("/m.gguf"), "gguf", "qwen", 32768, "")
 FOLDER = LocalModel("qwen2.5-coder-7b", Path("/m"), "safetensors", "qwen", 32768, "")
@@ -125,3 +128,33 @@ async def test_a_remote_load_looks_at_no_gpu(tmp_path: Path) -> None:
     told: dict[str, Any] = loader.told()
     assert told["kind"] == "remote"
     assert told["text_leaves_machine"] is False
+
+
+async def test_where_the_plan_was_wrong_llamacpp_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        @staticmethod
+        async def load(*_: Any) -> Engine:
+            raise MemoryFullError("the GPU is full")
+
+    class Served:
+        @staticmethod
+        async def load(*_: Any) -> Engine:
+            return FakeEngine()
+
+    monkeypatch.setitem(sys.modules, "agent.engines.transformers", SimpleNamespace(TransformersEngine=Full))
+    monkeypatch.setitem(sys.modules, "agent.engines.llamacpp", SimpleNamespace(LlamaCppEngine=Served))
+    loader = EngineLoader(Settings(), tmp_path, look=lambda: CARD, needs=lambda *_: 1)
+    assert isinstance(await loader.load(GGUF), FakeEngine)
+    assert loader.told()["kind"] == "llamacpp"
+    assert "the GPU is full" in loader.told()["reason"]
+    asked_for = EngineLoader(config.with_engine(Settings(), "transformers"), tmp_path, look=lambda: CARD)
+    with pytest.raises(MemoryFullError):
+        await asked_for.load(GGUF)
+
+
+def test_where_text_goes_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    settings = config.with_engine(Settings(remote=RemoteSettings(url="http://10.1.1.1")), "remote")
+    told = EngineLoader(settings, tmp_path).told()
+    assert told["text_leaves_machine"] is True
+    assert "10.1.1.1" in told["reason"]
+    assert EngineLoader(Settings(), tmp_path).told()["kind"] is None

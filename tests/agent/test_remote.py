@@ -32,8 +32,8 @@ async def server() -> AsyncIterator[FaultServer]:
 
 
 async def loaded(server: FaultServer, **changes: Any) -> RemoteEngine:
-    settings = RemoteSettings(**({"url": server.url, "first_s": 5.0, "between_s": 5.0} | changes))
-    return await RemoteEngine.load(settings, EngineSettings())
+    fields: dict[str, Any] = {"url": server.url, "first_s": 5.0, "between_s": 5.0, **changes}
+    return await RemoteEngine.load(RemoteSettings(**fields), EngineSettings())
 
 
 def local(fmt: str | None = None) -> LocalModel:
@@ -221,6 +221,20 @@ async def test_marks_in_the_users_text_are_plain_text_for_vllm(server: FaultServ
     ids = await engine.chat_ids(Chat((Message("system", NASTY), Message("user", NASTY)), NASTY))
     assert decode(ids) == f"<|system|>{NASTY}<|im_end|><|user|>{NASTY}<|im_end|><|assistant|>{NASTY}"
     assert [one for one in ids if one >= 256] == [256 + SPECIALS.index("<|im_end|>")] * 2
+    await engine.close()
+
+
+async def test_a_text_full_of_marks_takes_few_requests_and_one_with_the_separator_more(server: FaultServer) -> None:
+    FakeVllm(server)
+    engine = await loaded(server)
+    before = len(server.asked)
+    text = NASTY * 20
+    assert "".join(token.text or "" for token in await engine.tokenize(text)) == text
+    assert len(server.asked) - before <= 6
+    text = f"a\x1f{SPECIALS[0]}b{SPECIALS[1]}"
+    tokens = await engine.tokenize(text)
+    assert "".join(token.text or "" for token in tokens) == text
+    assert all(token.id < 256 for token in tokens)
     await engine.close()
 
 
