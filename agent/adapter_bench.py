@@ -134,7 +134,7 @@ def write_random_adapter(module: Any, folder: Path, seed: int) -> None:
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(seed)
-    weights = {}
+    weights: dict[str, Any] = {}
     for path, matrix in module.named_modules():
         if not path.endswith(MODULES):
             continue

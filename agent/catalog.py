@@ -22,6 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 from agent import gguf_header, paths
 from agent.errors import ModelCorruptError, ModelMissingError, UnknownModelError
 
+REMOTE = "remote"
+"""Format of a model that is on another server: it has no files here."""
 _MANIFEST = "manifest.json"
 _HASH_CHUNK_BYTES = 1 << 22  # large enough that hashing, not reading, is the cost
 

@@ -179,13 +179,22 @@ def explain(
 
 
 @app.command()
-def serve() -> None:
+def serve(
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="What runs the model: `auto`, `llamacpp`, `transformers`, `remote`; engine.kind if not given."
+        ),
+    ] = None,
+) -> None:
     """Run the daemon here, until Ctrl+C; editors otherwise start it by themselves."""
     from agent import serve as daemon
     from agent.client import ALREADY_RUNNING  # uvicorn and starlette, which no other command needs
 
+    if engine is not None:
+        config.with_engine(config.load(), engine)  # a wrong one is told before anything else is
     typer.echo(f"the daemon runs; its log is {paths.log_dir() / 'daemon.log'}", err=True)
-    if daemon.main() == ALREADY_RUNNING:
+    if daemon.main(engine=engine) == ALREADY_RUNNING:
         raise DaemonError("a daemon runs already; see: tabwise status")
 
 
@@ -213,6 +222,9 @@ def status(as_json: Json = False) -> None:
         )
         for task, adapter in found["adapters"].items():
             table.add_row(task, _answering(adapter))
+        engine = found["engine"]
+        if engine.get("kind"):
+            table.add_row("engine", f"{engine['kind']}: {engine['reason']}")
         table.add_row("served", ", ".join(f"{count} {what}" for what, count in found["served"].items()))
         if found["tcp_port"]:
             table.add_row("TCP", f"127.0.0.1:{found['tcp_port']}, token in {paths.runtime_dir() / 'token'}")

@@ -8,14 +8,18 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from agent import paths
 from agent.errors import ConfigError
 
 _EDITOR: dict[str, JsonValue] = {"editor": True}
 """Marks a setting that each editor may have for itself; all others are the daemon's, which serves every editor."""
+
+_UNTOLD = ("remote.url",)
+"""Settings whose wrong value is not repeated, since somebody may have written a password into it."""
 
 
 class _Section(BaseModel):
@@ -33,6 +37,11 @@ class ModelSettings(_Section):
 class EngineSettings(_Section):
     """How the model is run."""
 
+    kind: Literal["auto", "llamacpp", "transformers", "remote"] = Field(
+        "auto",
+        description="What runs it. `auto`: transformers on an NVIDIA GPU that has room for the model, else llama.cpp; never "
+        "`remote`, which sends text to the server of [remote].",
+    )
     context_tokens: int = Field(
         4096,
         ge=512,
@@ -134,6 +143,75 @@ class DaemonSettings(_Section):
     )
 
 
+class RemoteSettings(_Section):
+    """A server that runs the model in your stead; it is used where `engine.kind` is `remote`, and then gets text of yours."""
+
+    url: str = Field(
+        "",
+        max_length=2048,
+        description="Address of an OpenAI-compatible server (vLLM, llama-server, Ollama), with or without `/v1`: "
+        '"http://127.0.0.1:8000". No user, password or token in it.',
+    )
+    model: str = Field("", max_length=512, description="Name of the model there; empty for the first one it lists.")
+    base: str = Field(
+        "",
+        max_length=512,
+        description="Name from `tabwise models list` of the model that is served there. Adapters are only loaded where it "
+        "says what they were trained on.",
+    )
+    fim: str = Field(
+        "auto",
+        description="Format of fill-in-the-middle, by its name in agent/fim.py. `auto` asks a server that tokenises which one "
+        "it knows, and gives others prefix and suffix apart (`suffix`); `none` leaves the suffix out.",
+    )
+    token_file: str = Field(
+        "",
+        max_length=4096,
+        description="File with the server's bearer token, readable by you alone (0600); empty for the environment's "
+        "`TABWISE_REMOTE_TOKEN`, or none.",
+    )
+    adapters_dir: str = Field(
+        "",
+        max_length=4096,
+        description="Folder in which vLLM finds the adapters' folders, where it is another path there than here.",
+    )
+    proxy: Literal["none", "environment"] = Field(
+        "none", description="Whether a proxy of the environment (`HTTPS_PROXY`, …) is used on the way to the server."
+    )
+    connect_s: float = Field(5.0, ge=0.05, le=60, description="Seconds for a connection to be made.")
+    first_s: float = Field(
+        60.0, ge=0.05, le=3600, description="Seconds for an answer to begin, second tries and waiting included."
+    )
+    between_s: float = Field(
+        30.0,
+        ge=0.05,
+        le=3600,
+        description="Seconds for an answer to go on; comments that keep a connection open do not count.",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _address(cls, url: str) -> str:
+        if problem := _wrong_with(url):
+            raise ValueError(problem)
+        return url
+
+
+def _wrong_with(url: str) -> str | None:
+    if not url:
+        return None
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return "not an address; write it as http://HOST:PORT"
+    if parts.scheme not in ("http", "https") or not parts.hostname or any(sign.isspace() for sign in url):
+        return "not an address; write it as http://HOST:PORT"
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        return "must hold no user, password, query or fragment; the token goes into remote.token_file"
+    return None
+
+
 class LogSettings(_Section):
     """What is written to the log files. Text of documents never is."""
 
@@ -145,6 +223,7 @@ class Settings(_Section):
 
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
+    remote: RemoteSettings = RemoteSettings()
     completion: CompletionSettings = CompletionSettings()
     explain: ExplainSettings = ExplainSettings()
     daemon: DaemonSettings = DaemonSettings()
@@ -180,6 +259,19 @@ def load(path: Path | None = None) -> Settings:
         return Settings.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"the settings {file} have problems: {'; '.join(problems(error))}") from None
+
+
+def with_engine(settings: Settings, kind: str) -> Settings:
+    """Return the settings with another `engine.kind`.
+
+    Raises:
+        ConfigError: There is no such kind.
+    """
+    try:
+        engine = EngineSettings.model_validate(settings.engine.model_dump() | {"kind": kind})
+    except ValidationError as error:
+        raise ConfigError(f"the engine {'; '.join(problems(error))}") from None
+    return settings.model_copy(update={"engine": engine})
 
 
 def overlay(base: Settings, changes: Mapping[str, Any]) -> tuple[Settings, list[str]]:
@@ -232,6 +324,8 @@ def problems(error: ValidationError) -> list[str]:
         key = ".".join(str(part) for part in detail["loc"]) or "(whole)"
         if detail["type"] == "extra_forbidden":
             lines.append(f"{key}: unknown key, remove it or see docs/settings.md")
+        elif key in _UNTOLD:
+            lines.append(f"{key}: {detail['msg']}")
         else:
             lines.append(f"{key}: {detail['msg']}, got {detail['input']!r:.80}")
     return lines

@@ -48,6 +48,8 @@ class Daemon:
     adapters: ServedAdapters
     stop: Callable[[], None]
     """Ends the process, in good order."""
+    engine: Callable[[], dict[str, Any]] = dict
+    """Tells which engine serves, and why."""
     tcp_port: int | None = None
     started: float = field(default_factory=time.time)
     open_requests: OpenRequests = field(default_factory=OpenRequests)
@@ -84,6 +86,7 @@ class Daemon:
                 "idle_s": round(self.host.idle_s, 1),
             },
             "adapters": self.adapters.describe(),
+            "engine": self.engine(),
             "snippet_tokens": (
                 completer.snippet_tokens(self.settings.completion, on_gpu=loaded.engine.on_gpu) if loaded else 0
             ),

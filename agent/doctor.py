@@ -3,8 +3,8 @@
 Looks and reports; changes nothing. A finding that keeps Tabwise from working says how to mend it.
 """
 
+import asyncio
 import importlib.metadata
-import importlib.util
 import platform
 import shutil
 from collections.abc import Iterator
@@ -13,12 +13,14 @@ from pathlib import Path
 
 import psutil
 
-from agent import catalog, config, machine, paths, planning
+from agent import catalog, config, engine_choice, machine, paths, planning, remote_server
 from agent.catalog import LocalModel
+from agent.engine_choice import EngineKind
 from agent.errors import TabwiseError
 from agent.memory import Device
 from agent.version import __version__
 
+_LOOK_S = 10.0  # for a remote server to say what it serves
 _TRAINING = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 _BASE = ("xllamacpp", "pygls", "starlette", "uvicorn")
 
@@ -100,6 +102,9 @@ def _version(name: str) -> str | None:
 
 
 def _model(settings: config.Settings) -> Iterator[Finding]:
+    if settings.engine.kind == "remote":
+        yield from _remote(settings)
+        return
     name = settings.model.name
     try:
         model = catalog.find(name)
@@ -113,27 +118,20 @@ def _model(settings: config.Settings) -> Iterator[Finding]:
 
 
 def _engine(model: LocalModel, settings: config.Settings) -> Iterator[Finding]:
+    found = engine_choice.look()
+    try:
+        choice = engine_choice.choose(settings, model, found, engine_choice.planned_bytes)
+    except TabwiseError as error:
+        yield Finding("engine", False, str(error))
+        return
     threads = f"{settings.engine.threads or psutil.cpu_count(logical=False)} threads"
-    if model.format == "gguf":
-        yield Finding("engine", True, f"llama.cpp, {threads}")
+    if choice.kind is not EngineKind.TRANSFORMERS:
+        yield Finding("engine", True, f"{choice.kind.label}, {threads}: {choice.reason}")
         return
-    versions = {name: _version(name) for name in ("torch", "transformers", "bitsandbytes")}
-    if missing := [name for name, version in versions.items() if version is None]:
-        yield Finding(
-            "engine",
-            False,
-            f"transformers, but {', '.join(missing)} is not installed",
-            "make train-deps, or a GGUF file",
-        )
-        return
-    on_gpu = _torch_on_gpu()
+    on_gpu, held = found.gpu is not None and found.cuda_build, settings.engine.quantisation
     where = "a GPU" if on_gpu else f"the CPU, {threads}"
-    held = settings.engine.quantisation
-    yield Finding(
-        "engine",
-        True,
-        f"transformers {versions['transformers']}, torch {versions['torch']} on {where}, engine.quantisation = {held}",
-    )
+    versions = f"transformers {_version('transformers')}, torch {_version('torch')}"
+    yield Finding("engine", True, f"{versions} on {where}, engine.quantisation = {held}: {choice.reason}")
     if not on_gpu and held in ("nf4", "int8", "bf16"):
         yield Finding(
             "quantisation", None, f"{held} is slow on most CPUs", 'engine.quantisation = "fp32", or a GGUF file'
@@ -143,14 +141,6 @@ def _engine(model: LocalModel, settings: config.Settings) -> Iterator[Finding]:
         None,
         f"what is measured here is a {'GPU' if on_gpu else 'CPU'}'s; README and LOG.md say of each figure where it was taken",
     )
-
-
-def _torch_on_gpu() -> bool:
-    # Importing it takes two seconds: its files tell whether it was built for NVIDIA's, the driver whether there is one.
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None or shutil.which("nvidia-smi") is None:
-        return False
-    return (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists()
 
 
 def _memory(name: str, model_format: str) -> Finding:
@@ -168,6 +158,36 @@ def _memory(name: str, model_format: str) -> Finding:
     if needed <= free:
         return Finding("memory", True, text)
     return Finding("memory", False, text, f"close programs, or see what would fit: tabwise plan --model {name}")
+
+
+def _remote(settings: config.Settings) -> Iterator[Finding]:
+    """Look at the settings of a remote server, and ask it what it serves."""
+    try:
+        where = remote_server.root(settings.remote)
+        token = remote_server.token(settings.remote)
+    except TabwiseError as error:
+        yield Finding("engine", False, str(error), f"edit {paths.config_file()}")
+        return
+    yield Finding("engine", True, f"a remote server: {where}, {'with a token' if token else 'without a token'}")
+    # Not a fault, since it was set so; but nobody shall overlook it.
+    yield Finding("privacy", None, remote_server.exposure(settings.remote))
+    try:
+        yield Finding("server", True, asyncio.run(_served(settings)))
+    except TabwiseError as error:
+        yield Finding("server", False, str(error))
+
+
+async def _served(settings: config.Settings) -> str:
+    from agent.engines.remote import RemoteEngine  # aiohttp takes 0.15 s to import
+
+    # Who looks waits for seconds, not for as long as a completion might.
+    remote = settings.remote.model_copy(update={"first_s": min(settings.remote.first_s, _LOOK_S)})
+    engine = await RemoteEngine.load(remote, settings.engine)
+    try:
+        exact = "tokens by id" if engine.dialect.exact else "text alone: no log-probabilities, nothing to learn from"
+        return f"{engine.model} by {engine.dialect.name} ({exact}), {engine.context_tokens} tokens of context"
+    finally:
+        await engine.close()
 
 
 def _size(path: Path) -> int:

@@ -17,12 +17,13 @@ from agent import catalog
 from agent.catalog import LocalModel
 from agent.crash_guard import CrashGuard
 from agent.engines.base import Engine
-from agent.errors import EngineError, TabwiseError
+from agent.errors import EngineError, ModelChangedError, TabwiseError
 from agent.loaded import LoadedModel, prepare
 
 log = logging.getLogger(__name__)
 
 Load = Callable[[LocalModel], Awaitable[Engine]]
+Find = Callable[[str], LocalModel]
 
 _LOOK_EVERY_S = 1.0  # how late an unload may come
 
@@ -39,7 +40,9 @@ class HostState(StrEnum):
 class EngineHost:
     """The one model of a daemon."""
 
-    def __init__(self, name: str, load: Load, guard: CrashGuard, *, unload_after_s: float) -> None:
+    def __init__(
+        self, name: str, load: Load, guard: CrashGuard, *, unload_after_s: float, find: Find = catalog.find
+    ) -> None:
         """Load nothing yet.
 
         Args:
@@ -47,6 +50,7 @@ class EngineHost:
             load: Brings a model into memory.
             guard: Is told of each load.
             unload_after_s: Quiet time after which the model leaves memory; 0 for never.
+            find: Tells which model a name means.
         """
         self.name = name
         self.state = HostState.UNLOADED
@@ -57,6 +61,7 @@ class EngineHost:
         self.on_loaded: Callable[[LoadedModel], Awaitable[None]] | None = None
         """Called with a model that was just loaded, before anybody may use it."""
         self._load = load
+        self._find = find
         self._guard = guard
         self._unload_after_s = unload_after_s
         self._loaded: LoadedModel | None = None
@@ -76,8 +81,14 @@ class EngineHost:
             ModelError: It cannot be loaded.
         """
         self.users += 1
+        loaded = None
         try:
-            yield await self._ensure()
+            loaded = await self._ensure()
+            yield loaded
+        except ModelChangedError:
+            if loaded is not None:
+                await self._forget(loaded)
+            raise
         finally:
             self.users -= 1
             self.last_used = time.monotonic()
@@ -125,6 +136,15 @@ class EngineHost:
                 await loaded.engine.close()
             self._guard.unloaded()
 
+    async def _forget(self, loaded: LoadedModel) -> None:
+        """Let go of a model that is no longer what it was; others who use it will find out by themselves."""
+        if self._loaded is not loaded:
+            return
+        self._loaded, self.state = None, HostState.UNLOADED
+        await loaded.engine.close()
+        self._guard.unloaded()
+        log.info("%s is another model now", self.name)
+
     async def _ensure(self) -> LoadedModel:
         if self._loaded is not None:
             return self._loaded
@@ -157,10 +177,12 @@ class EngineHost:
         started = time.perf_counter()
         self.state, self.error = HostState.LOADING, None
         try:
-            model = await asyncio.to_thread(catalog.find, self.name)
-            self._guard.loading(self.name)
+            model = await asyncio.to_thread(self._find, self.name)
+            if model.format != catalog.REMOTE:  # whose code runs elsewhere, and cannot kill this process
+                self._guard.loading(self.name)
             loaded = await self._understood(model)
-            self._guard.serving(self.name)
+            if model.format != catalog.REMOTE:
+                self._guard.serving(self.name)
         except Exception as error:  # noqa: BLE001 - whatever it is, the state must tell that nothing is loaded
             told = error if isinstance(error, TabwiseError) else _unexpected(self.name, error)
             self.state, self.error = HostState.FAILED, told

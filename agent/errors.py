@@ -12,7 +12,9 @@ TabwiseError
 ├── EngineError            the engine refused a request or broke
 │   ├── PromptTooLongError the prompt does not fit the context
 │   ├── MemoryFullError    the device has no memory left for it
-│   └── AdapterError       an adapter is damaged, or was made for another model
+│   ├── AdapterError       an adapter is damaged, or was made for another model
+│   └── RemoteError        a remote server refused, broke off, or said nothing in time
+│       └── ModelChangedError  it serves another model than the one that was asked about
 ├── DaemonError            the daemon cannot be reached, started or bound
 │   ├── DaemonGoneError    nobody listens: it is not running
 │   └── DaemonBusyError    a daemon of another version is still at work
@@ -97,6 +99,23 @@ class AdapterError(EngineError):
     """An adapter is damaged, or was made for another model."""
 
     code = "adapter"
+
+
+class RemoteError(EngineError):
+    """A remote server refused, broke off, or said nothing in time."""
+
+    code = "remote"
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        """Tell what happened; `status` is the server's HTTP status, where it gave one."""
+        super().__init__(message)
+        self.status = status
+
+
+class ModelChangedError(RemoteError):
+    """A remote server serves another model than the one that was asked about; what is known of that one is void."""
+
+    code = "model_changed"
 
 
 class DaemonError(TabwiseError):

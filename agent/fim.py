@@ -58,6 +58,10 @@ def _same(name: str, opened: str, closed: str, *stops: str, **more: str) -> FimF
     return FimFormat(name, prefix, suffix, middle, (*stops, prefix, suffix, middle), **more)  # type: ignore[arg-type]
 
 
+SUFFIX = FimFormat("suffix", "<tabwise prefix>", "<tabwise suffix>", "<tabwise middle>", ())
+"""For servers that are given prefix and suffix apart, and write the model's sentinels themselves. These have a blank, which
+no token of a model's has: only the remote engine knows them, and none of them is ever sent."""
+
 FORMATS = {
     fmt.name: fmt
     for fmt in (
@@ -98,6 +102,7 @@ FORMATS = {
             ("<[end▁of▁sentence]>",),
             suffix_first=True,
         ),
+        SUFFIX,
     )
 }
 """The formats by name. Source: each model's card; the table of notes in ARCHITECTURE.md tells which were run."""

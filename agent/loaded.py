@@ -59,7 +59,7 @@ class LoadedModel:
 
 async def prepare(model: LocalModel, engine: Engine) -> LoadedModel:
     """Find out how the model that `engine` has loaded wants to be asked."""
-    fmt = await asyncio.to_thread(_format_of, model)  # reads a file with 150,000 words
+    fmt = await _format_of(model, engine)
     sentinel_ids: dict[str, int] = {}
     for sentinel in fmt.sentinels() if fmt else ():
         tokens = await engine.tokenize(sentinel, special=True)
@@ -75,8 +75,22 @@ async def prepare(model: LocalModel, engine: Engine) -> LoadedModel:
     return LoadedModel(model, Arbiter(engine), fmt, sentinel_ids, stop_ids, await engine.start_ids())
 
 
-def _format_of(model: LocalModel) -> FimFormat | None:
+async def _format_of(model: LocalModel, engine: Engine) -> FimFormat | None:
     if model.fim is not None:
         return fim.FORMATS.get(model.fim)
-    words = gguf_header.read(model.path).vocabulary if model.format == "gguf" else tokenizer_json.vocabulary(model.path)
-    return fim.detect(words)
+    if model.format == "gguf":
+        return fim.detect((await asyncio.to_thread(gguf_header.read, model.path)).vocabulary)  # reads 150,000 words
+    if model.format == "safetensors":
+        return fim.detect(await asyncio.to_thread(tokenizer_json.vocabulary, model.path))
+    # No file tells its vocabulary: the tokenizer is asked, as far as it takes to rule a format out.
+    for fmt in fim.FORMATS.values():
+        if await _knows(engine, fmt.sentinels()):
+            return fmt
+    return None
+
+
+async def _knows(engine: Engine, sentinels: Iterable[str]) -> bool:
+    for sentinel in sentinels:
+        if len(await engine.tokenize(sentinel, special=True)) != 1:
+            return False
+    return True

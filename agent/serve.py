@@ -23,15 +23,14 @@ from filelock import FileLock, Timeout
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from agent import config, paths
-from agent.catalog import LocalModel
+from agent import config, engine_choice, paths
 from agent.client import ALREADY_RUNNING
 from agent.config import Settings
 from agent.crash_guard import CrashGuard
 from agent.daemon import Daemon, create_app
+from agent.engine_choice import EngineLoader
 from agent.engine_host import EngineHost, Load
-from agent.engines.base import Engine
-from agent.errors import DaemonError, TabwiseError, UnknownModelError
+from agent.errors import DaemonError, TabwiseError
 from agent.served_adapters import ServedAdapters
 from agent.version import __version__
 
@@ -73,11 +72,12 @@ def _refusal(status: int, message: str) -> JSONResponse:
     )
 
 
-def main(load: Load | None = None) -> int:
+def main(load: Load | None = None, engine: str | None = None) -> int:
     """Run the daemon until it is told to stop.
 
     Args:
-        load: Brings a model into memory; llama.cpp if None.
+        load: Brings a model into memory; the engine that is chosen if None.
+        engine: What to take for `engine.kind`; the settings' if None.
 
     Returns:
         The process's exit status: 0, or `ALREADY_RUNNING`.
@@ -86,6 +86,8 @@ def main(load: Load | None = None) -> int:
         TabwiseError: It cannot start: settings, directories, sockets.
     """
     settings = config.load()
+    if engine is not None:
+        settings = config.with_engine(settings, engine)
     runtime = paths.runtime_dir()
     lock = FileLock(runtime / "daemon.lock", mode=0o600)
     try:
@@ -112,11 +114,13 @@ async def _run(settings: Settings, runtime: Path, load: Load | None) -> None:
     if guard.last_crash:
         log.error("the previous daemon was ended by %s", guard.last_crash)
     guard.watch()
+    loader = EngineLoader(settings, runtime)
     host = EngineHost(
-        settings.model.name,
-        load or _llamacpp(settings, runtime),
+        engine_choice.model_name(settings),
+        load or loader.load,
         guard,
         unload_after_s=settings.engine.unload_after_s,
+        find=lambda _: engine_choice.find(settings),
     )
     servers: list[uvicorn.Server] = []
 
@@ -124,7 +128,7 @@ async def _run(settings: Settings, runtime: Path, load: Load | None) -> None:
         for server in servers:
             server.should_exit = True
 
-    daemon = Daemon(settings, host, ServedAdapters(host, state / "adapters.json"), stop)
+    daemon = Daemon(settings, host, ServedAdapters(host, state / "adapters.json"), stop, engine=loader.told)
     app = create_app(daemon)
     sockets: list[tuple[ASGIApp, socket.socket]] = []
     if hasattr(socket, "AF_UNIX"):
@@ -205,19 +209,6 @@ def _token(runtime: Path) -> str:
     token = secrets.token_urlsafe(32)
     paths.write_private(runtime / "token", token)
     return token
-
-
-def _llamacpp(settings: Settings, runtime: Path) -> Load:
-    async def load(model: LocalModel) -> Engine:
-        if model.format != "gguf":
-            raise UnknownModelError(
-                f"{model.name} is a model folder, llama.cpp takes GGUF files; choose one in model.name"
-            )
-        from agent.engines.llamacpp import LlamaCppEngine  # 100 MB of native code, wanted only when a model is
-
-        return await LlamaCppEngine.load(model.path, settings.engine, runtime)
-
-    return load
 
 
 def _start_log(settings: Settings) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from agent.catalog import LocalModel
 from agent.engines.base import (
@@ -19,6 +20,7 @@ from agent.engines.base import (
 )
 from agent.errors import AdapterError, PromptTooLongError
 from agent.types import Chat, Completion, CompletionRequest, Source, StopReason, Timing
+from tests.fault_server import MODEL, Exchange, FaultServer, answer, status
 
 SPECIALS = (
     "<|fim_prefix|>",
@@ -179,6 +181,84 @@ async def load_fake(model: LocalModel) -> Engine:
     token_s, batch_s = (float(os.environ.get(name, "0")) for name in ("FAKE_TOKEN_S", "FAKE_BATCH_S"))
     # Without a pace a prompt is read in one go: steps that take no time would only be counted as ours.
     return FakeEngine(say=scripted, token_s=token_s, batch_s=batch_s, batch_tokens=64 if batch_s else 4096)
+
+
+class FakeVllm:
+    """Speaks vLLM's protocol on a `FaultServer`, with the tokenizer of bytes: marks are special whoever wrote them."""
+
+    def __init__(self, server: FaultServer, say: Say = lambda prompt: "pass\n", start: tuple[int, ...] = ()) -> None:
+        self.say, self.start = say, start
+        self.adapters: dict[str, str] = {}
+        self.context_tokens = 2048
+        self.at_once = 1
+        """Tokens in an event of the stream."""
+        server.usual |= {
+            "/v1/models": self._models,
+            "/tokenize": self._tokenize,
+            "/detokenize": self._detokenize,
+            "/v1/completions": self._complete,
+            "/v1/load_lora_adapter": self._load,
+            "/v1/unload_lora_adapter": self._unload,
+        }
+
+    async def _models(self, exchange: Exchange) -> None:
+        cards: list[dict[str, Any]] = [
+            {"id": MODEL, "owned_by": "vllm", "root": "/m", "parent": None, "max_model_len": self.context_tokens}
+        ]
+        cards += [
+            {"id": name, "owned_by": "vllm", "root": path, "parent": MODEL} for name, path in self.adapters.items()
+        ]
+        await answer({"object": "list", "data": cards})(exchange)
+
+    async def _tokenize(self, exchange: Exchange) -> None:
+        if "messages" in exchange.body:
+            text = "".join(f"<|{turn['role']}|>{turn['content']}<|im_end|>" for turn in exchange.body["messages"])
+            text += "<|assistant|>"
+        else:
+            text = exchange.body["prompt"]
+        ids = [token.id for token in encode(text, special=True)]
+        ids = [*self.start, *ids] if exchange.body.get("add_special_tokens") else ids
+        await answer({"count": len(ids), "max_model_len": self.context_tokens, "tokens": ids})(exchange)
+
+    async def _detokenize(self, exchange: Exchange) -> None:
+        await answer({"prompt": decode(exchange.body["tokens"])})(exchange)
+
+    async def _complete(self, exchange: Exchange) -> None:
+        body = exchange.body
+        if body["model"] not in (MODEL, *self.adapters):
+            await status(404)(exchange)
+            return
+        ids = [token.id for token in encode(self.say(decode(body["prompt"])), special=True)]
+        await exchange.begin_stream()
+        for place in range(0, min(len(ids), body["max_tokens"]), self.at_once):
+            step = ids[place : place + self.at_once]
+            likely = {"token_id:33": -3.0, "token_id:34": -4.0}
+            logprobs = {
+                "tokens": [f"token_id:{one}" for one in step],
+                "token_logprobs": [-0.25] * len(step),
+                "top_logprobs": [{f"token_id:{one}": -0.25} | likely for one in step],
+            }
+            text = decode([one for one in step if one < 256])  # special tokens have no text in answers
+            await exchange.event({"choices": [{"index": 0, "text": text, "logprobs": logprobs, "finish_reason": None}]})
+        reason = "stop" if len(ids) <= body["max_tokens"] else "length"
+        await exchange.event({"choices": [{"index": 0, "text": "", "finish_reason": reason}]})
+        usage = {"prompt_tokens": len(body["prompt"]), "prompt_tokens_details": {"cached_tokens": 3}}
+        await exchange.event({"choices": [], "usage": usage})
+        await exchange.end_stream()
+
+    async def _load(self, exchange: Exchange) -> None:
+        name, path = exchange.body["lora_name"], exchange.body["lora_path"]
+        if name in self.adapters:
+            await status(400, f"The lora adapter '{name}' has already been loaded.")(exchange)
+        elif "damaged" in path:
+            await status(500, "cannot read")(exchange)
+        else:
+            self.adapters[name] = path
+            await exchange.reply(200, f"Success: LoRA adapter '{name}' added successfully.".encode(), "text/plain")
+
+    async def _unload(self, exchange: Exchange) -> None:
+        found = self.adapters.pop(exchange.body["lora_name"], None)
+        await (status(404) if found is None else answer("Success"))(exchange)
 
 
 @dataclass

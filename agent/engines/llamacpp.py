@@ -16,7 +16,6 @@ the next request wants another. Adapters that are not loaded yet take a new serv
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -27,7 +26,7 @@ import psutil
 
 from agent import gguf_export, gguf_header
 from agent.config import EngineSettings
-from agent.engines import llamacpp_server
+from agent.engines import chats, llamacpp_server
 from agent.engines.base import Adapter, Alternative, Decoded, Event, Finished, GenerationRequest, Prefilled, Task, Token
 from agent.engines.llamacpp_server import LlamaServer
 from agent.engines.slots import Slots
@@ -95,20 +94,11 @@ class LlamaCppEngine:
 
     async def chat_ids(self, chat: Chat) -> tuple[int, ...]:
         """Return the prompt for a chat, in the model's own template."""
-        # The template is applied to marks in place of the contents, so that only the template's own text is tokenised
-        # with special tokens.
-        mark = secrets.token_hex(8)
-        marked = [Message(turn.role, f"<{mark}:{index}>") for index, turn in enumerate(chat.messages)]
-        body = {"messages": [{"role": turn.role, "content": turn.content} for turn in marked]}
-        rest: str = (await self._post("/apply-template", body))["prompt"]
-        ids: list[int] = []
-        for turn, placeholder in zip(chat.messages, marked, strict=True):
-            frame, _, rest = rest.partition(placeholder.content)
-            ids += [token.id for token in await self.tokenize(frame, special=True)]
-            ids += [token.id for token in await self.tokenize(turn.content)]
-        ids += [token.id for token in await self.tokenize(rest, special=True)]
-        ids += [token.id for token in await self.tokenize(chat.opening)]
-        return tuple(ids)
+        return await chats.chat_ids(chat, self._rendered, self.tokenize)
+
+    async def _rendered(self, messages: Sequence[Message]) -> str:
+        body = {"messages": [{"role": turn.role, "content": turn.content} for turn in messages]}
+        return str((await self._post("/apply-template", body))["prompt"])
 
     def held(self, prompt_ids: tuple[int, ...], adapter: str | None = None) -> int:
         """Return how many tokens of a completion's prompt are computed already, with this adapter."""
@@ -178,9 +168,12 @@ class LlamaCppEngine:
         async with aclosing(server.stream(body)) as lines:
             async for data in lines:
                 event = await self._event(data, seen)
+                if isinstance(event, Finished) and not request.max_tokens:
+                    event = replace(event, decoded_tokens=0)
                 if isinstance(event, Decoded):
                     seen = int(data["tokens_predicted"])
-                if event is not None:
+                # Asked for none, llama.cpp writes one token all the same.
+                if event is not None and (request.max_tokens or not isinstance(event, Decoded)):
                     yield event
 
     async def _event(self, data: dict[str, Any], seen: int) -> Event | None:

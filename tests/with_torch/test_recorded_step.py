@@ -67,7 +67,7 @@ async def test_a_slip_is_taken_back(engine: TransformersEngine) -> None:
 
 def filled(count: int) -> PrefixCache:
     cache = PrefixCache(2)
-    for layer in cache.layers.layers:
+    for layer in cache._rooms:
         layer.update(torch.ones(1, 2, count, 4), torch.ones(1, 2, count, 4))
     cache.ids = [1] * count
     return cache
@@ -101,7 +101,7 @@ def test_a_step_leaves_the_cache_as_other_passes_do() -> None:
         expected = module(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, -1:]
     assert cache.layers.get_seq_length() == 4
     assert torch.allclose(logits, expected, atol=1e-5)
-    assert all(layer.place is None for layer in cache.layers.layers)
+    assert all(layer.place is None for layer in cache._rooms)
 
 
 def test_a_model_with_windows_is_not_recorded() -> None:
