@@ -5,6 +5,7 @@ non-zero exit. Knows no model: what a model must answer is asked of the daemon.
 """
 
 import asyncio
+import importlib
 import json
 import os
 import subprocess
@@ -564,7 +565,8 @@ def bench_loop(
     as_json: Json = False,
 ) -> None:
     """Our decode loop in transformers beside `generate`: the same texts, and how much sooner."""
-    from agent import loop_bench
+    # By name: nothing of the command line loads torch before it is asked to.
+    loop_bench: Any = importlib.import_module("agent.loop_bench")
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as progress:
