@@ -7,7 +7,7 @@ TORCH ?=
 CUDA ?=
 INSTALL = $(PYTHON) scripts/install.py --venv $(VENV) $(if $(TORCH),--torch "$(TORCH)") $(if $(CUDA),--cuda)
 
-.PHONY: help install dev train-deps model demo test unit soak check format bench docs picture pins dist clean
+.PHONY: help install dev train-deps model demo test unit soak gpu-check check format bench docs picture pins dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / — /'
@@ -36,7 +36,10 @@ unit: dev ## run the fast tests only: no model, no processes
 soak: dev model ## run all tests with their full counts
 	@TABWISE_SOAK=1 $(BIN)/python -m pytest
 
-check: dev ## lint, types, direction of imports
+gpu-check: dev train-deps ## check and measure a GPU with a 7B in four bits; without one it says so
+	@$(BIN)/python -m agent.gpu_check $(GPU_CHECK)
+
+check: dev train-deps ## lint, types, direction of imports; types need the libraries of training
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
