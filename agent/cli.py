@@ -568,6 +568,7 @@ def bench_loop(
     # By name: nothing of the command line loads torch before it is asked to.
     loop_bench: Any = importlib.import_module("agent.loop_bench")
 
+    catalog.find(model or config.load().model.name)  # so that a wrong name is told before a bar is drawn
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as progress:
         task = progress.add_task("completions", total=loop_bench.steps(positions, keys))

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from agent import doctor
+from agent import doctor, engine_choice
 from agent.catalog import LocalModel
 from agent.config import EngineSettings, Settings
 from agent.doctor import Finding
+from agent.engine_choice import Found
 
 FOLDER = LocalModel("mine", Path("mine"), "safetensors", None, 0, "")
 
@@ -19,13 +20,15 @@ def findings(model: LocalModel, **engine: object) -> dict[str, Finding]:
 
 def test_a_gguf_file_runs_in_llama_cpp() -> None:
     found = findings(LocalModel("m", Path("m.gguf"), "gguf", None, 0, ""))
-    assert found["engine"] == Finding("engine", True, "llama.cpp, 3 threads")
+    assert found["engine"].ok
+    assert found["engine"].text.startswith("llama.cpp, 3 threads: ")
 
 
 def test_a_folder_runs_in_transformers_and_figures_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: "1.2.3")
     for on_gpu, where, figures in ((False, "the CPU, 3 threads", "a CPU's"), (True, "a GPU", "a GPU's")):
-        monkeypatch.setattr(doctor, "_torch_on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        card = Found("a card", 1 << 40, (), cuda_build=True) if on_gpu else Found(missing=())
+        monkeypatch.setattr(engine_choice, "look", lambda card=card: card)
         found = findings(FOLDER)
         assert found["engine"].ok
         assert f"torch 1.2.3 on {where}" in found["engine"].text
@@ -35,13 +38,12 @@ def test_a_folder_runs_in_transformers_and_figures_are_told_apart(monkeypatch: p
 
 def test_four_bits_on_a_cpu_are_said_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: "1.2.3")
-    monkeypatch.setattr(doctor, "_torch_on_gpu", lambda: False)
+    monkeypatch.setattr(engine_choice, "look", lambda: Found(missing=()))
     assert "slow" in findings(FOLDER, quantisation="nf4")["quantisation"].text
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "torch" else "1.2.3")
+    monkeypatch.setattr(engine_choice, "look", lambda: Found(missing=("torch",)))
     found = findings(FOLDER)
     assert found["engine"].ok is False
-    assert "torch is not installed" in found["engine"].text
-    assert found["engine"].mend.startswith("make train-deps")
+    assert "torch is missing; run: make train-deps" in found["engine"].text

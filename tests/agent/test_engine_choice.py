@@ -94,7 +94,7 @@ def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 
 
 def test_the_gpu_is_asked_of_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    smi(tmp_path, monkeypatch, 'echo "NVIDIA GeForce RTX 4070 Ti, 11500"; echo "Another, 4"')
+    smi(tmp_path, monkeypatch, 'echo "NVIDIA GeForce RTX 4070 Ti, 580.1, 12282, 11500"; echo "Another, 580.1, 8, 4"')
     found = engine_choice.look()
     assert (found.gpu, found.gpu_free_bytes) == ("NVIDIA GeForce RTX 4070 Ti", 11500 << 20)
 

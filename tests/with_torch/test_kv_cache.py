@@ -116,9 +116,9 @@ def test_each_adapter_computes_for_itself() -> None:
     assert with_a is not bare
     assert with_a.ids == []
     fill(with_a, [1, 2, 3])
-    assert shelf.held([1, 2, 3, 4]) == 3  # with the adapter that was asked for last
-    take(shelf, 1, 2, 3, 4)
+    assert shelf.held([1, 2, 3, 4], "a") == 3
     assert shelf.held([1, 2, 3, 4]) == 4
+    assert shelf.held([1, 2, 3, 4], "b") == 0
     shelf.forget(lambda name: name == "a")
     assert (with_a.ids, with_a.nbytes) == ([], 0)
     assert bare.ids == [1, 2, 3, 4]
