@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,7 @@ class _Subject:
 
     async def generate(self, prompt: Sequence[int]) -> tuple[list[int], float]:
         """Return what transformers' own loop writes, and the seconds that it took."""
-        return await self.drafts.with_model(partial(_generate, prompt, self.new_tokens, self.drafts.end_ids))
+        return await self.drafts.generate_from_scratch(prompt, self.new_tokens)
 
     async def ours(
         self, engine: TransformersEngine, prompt: Sequence[int], count: int | None = None
@@ -152,29 +151,6 @@ class _Subject:
                     logps = {each.id: each.logp for each in event.alternatives}
                     steps += [cache_bench.Step(one, logps) for one in event.ids]
         return steps, time.perf_counter() - began
-
-
-def _generate(prompt: Sequence[int], new_tokens: int, end_ids: frozenset[int], module: Any) -> tuple[list[int], float]:
-    import torch
-    import transformers
-
-    library: Any = transformers
-    # What is not given would be taken from the model's own settings, which sample and punish repetition.
-    plain = library.GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=new_tokens,
-        eos_token_id=sorted(end_ids),
-        pad_token_id=min(end_ids),
-    )
-    ids = torch.tensor([list(prompt)], device=module.device)
-    began = time.perf_counter()
-    with torch.no_grad():
-        written = module.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
-    found: list[int] = written[0, len(prompt) :].tolist()
-    took = time.perf_counter() - began
-    return (found[:-1] if found and found[-1] in end_ids else found), took
 
 
 async def _places(subject: _Subject, texts: Sequence[str], positions: int, rng: random.Random) -> _Tally:

@@ -5,13 +5,12 @@ where a token is to be chosen: for none while a prompt is read in pieces, for on
 and one more when a draft is checked. Before each pass the cache is cropped to what the text really says.
 
 The stream is a plain generator, advanced from the engine's worker thread: closing it between two passes is the cancel.
-Where the device has no memory left, other places' caches are given up, then prompts are read in smaller pieces, then the
-context shrinks and the request is refused; the loop itself goes on. Knows tokens and tensors, no threads.
+Where the device has no memory left for a pass, `headroom.py` makes room and the text is read again. Knows tokens and
+tensors, no threads.
 """
 
-import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,16 +26,11 @@ from agent.engines.drafts import (
     accepted_length,
     worthwhile_length,
 )
+from agent.engines.headroom import Headroom
 from agent.engines.kv_cache import PrefixCache, Shelf
 from agent.engines.sampling import Choice, choose
 from agent.engines.vocabulary import Spelling, Vocabulary
-from agent.errors import AdapterError, EngineError, MemoryFullError, PromptTooLongError
-
-log = logging.getLogger(__name__)
-
-_LEAST_CHUNK_TOKENS = 32  # of a prompt read in one pass: below, activations are nothing beside the weights
-_LEAST_CONTEXT_TOKENS = 512  # the least that the settings allow
-_SHRINK = 0.75  # of the context that was too long
+from agent.errors import AdapterError, EngineError, PromptTooLongError
 
 
 @dataclass(slots=True)
@@ -74,14 +68,13 @@ class DecodeLoop:
             chunk_tokens: Prompt tokens that are read in one pass.
             drafts: Whether to draft where that is faster.
         """
-        self.context_tokens = context_tokens
-        self.select_adapter: Callable[[str | None], None] | None = None
-        """Has the model compute with an adapter from the next pass on; None where none is attached."""
+        self._headroom = Headroom(shelf, device, context_tokens=context_tokens, chunk_tokens=chunk_tokens)
+        self._select: Callable[[str | None], None] | None = None
+        self._selected: str | None = None
         self._module: torch.nn.Module | None = module
         self._vocabulary = vocabulary
         self._shelf = shelf
         self._device = device
-        self._chunk_tokens = chunk_tokens
         self._drafts = drafts
         # Explanations repeat themselves less than code does.
         self._acceptance = {task: Acceptance() for task in Task}
@@ -97,21 +90,41 @@ class DecodeLoop:
             self._shelf.another(),
             self._device,
             context_tokens=self.context_tokens,
-            chunk_tokens=self._chunk_tokens,
+            chunk_tokens=self._headroom.chunk_tokens,
             drafts=False,
         )
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens of prompt and answer together, as of now; from any thread."""
+        return self._headroom.context_tokens
 
     def held(self, prompt_ids: Sequence[int]) -> int:
         """Return how many tokens at the beginning of a completion's prompt are computed; from any thread."""
         return self._shelf.held(prompt_ids)
 
-    def forget(self, adapters: Callable[[str | None], bool]) -> None:
-        """Give up the caches of those adapters for which the answer is yes."""
-        self._shelf.forget(adapters)
+    def serve(self, adapters: Collection[str], select: Callable[[str | None], None]) -> None:
+        """Serve these adapters from now on, and give up the caches of others.
+
+        Args:
+            adapters: Their names. Caches of those that stay are kept: a name stands for the same weights for ever.
+            select: Has the model compute with one of them, or with none.
+        """
+        self._shelf.forget(lambda name: name is not None and name not in adapters)
+        select(None)
+        self._select, self._selected = (select if adapters else None), None
+
+    def _use(self, adapter: str | None) -> None:
+        if adapter == self._selected:
+            return
+        if self._select is None:
+            raise AdapterError(f"the adapter {adapter!r} is not attached; see the settings")
+        self._select(adapter)
+        self._selected = adapter
 
     def let_go(self) -> None:
         """Let go of the model and of all caches. Streams that are still open end with an error."""
-        self._module = None
+        self._module = self._select = None
         self._shelf.give_up_others()
 
     def stream(self, request: GenerationRequest) -> Iterator[Event]:
@@ -124,13 +137,17 @@ class DecodeLoop:
         """
         prompt = list(request.prompt_ids) or [self._vocabulary.blank_id]
         self._check(request, len(prompt))
+        self._use(request.adapter)  # one that is not there is refused before anything gives way to it
         text = self._begin(request, prompt)
-        if request.max_tokens:
-            n_decoded, ended = yield from self._write(text)
-        else:
-            n_decoded, ended = 0, False
-            yield from self._told(text, self._passes(text, (), 0))
-            yield Prefilled(len(prompt), len(prompt), text.cached_tokens)
+        n_decoded, ended = 0, False
+        try:
+            if request.max_tokens:
+                n_decoded, ended = yield from self._write(text)
+            else:
+                yield from self._told(text, self._passes(text, (), 0))
+                yield Prefilled(len(prompt), len(prompt), text.cached_tokens)
+        finally:
+            text.cache.in_use = False
         yield Finished(ended, len(prompt) - text.cached_tokens, text.cached_tokens, n_decoded)
 
     def _check(self, request: GenerationRequest, n_prompt: int) -> None:
@@ -140,8 +157,6 @@ class DecodeLoop:
                 f"the prompt needs {needed} tokens, the context has {self.context_tokens}; "
                 "raise engine.context_tokens or shorten the text"
             )
-        if request.adapter is not None and self.select_adapter is None:
-            raise AdapterError(f"the adapter {request.adapter!r} is not attached; see the settings")
 
     def _begin(self, request: GenerationRequest, prompt: list[int]) -> _Text:
         cache, tail = self._shelf.take(request, prompt)
@@ -221,11 +236,12 @@ class DecodeLoop:
         while True:
             cache.keep(ids[: len(ids) - keep], text.request.adapter)
             missing = len(ids) - len(cache)
-            last = missing <= max(self._chunk_tokens, keep)
-            end = len(ids) if last else min(len(cache) + self._chunk_tokens, len(ids) - keep)
+            chunk = self._headroom.chunk_tokens
+            last = missing <= max(chunk, keep)
+            end = len(ids) if last else min(len(cache) + chunk, len(ids) - keep)
             choices = self._try(text, ids[len(cache) : end], keep if last else 0)
             if choices is None:
-                self._make_room(cache, len(ids))
+                self._headroom.make_room(cache, len(ids))
             elif last:
                 return choices
             else:
@@ -237,8 +253,7 @@ class DecodeLoop:
             raise EngineError("the model was unloaded; ask again")
         request, cache = text.request, text.cache
         try:
-            if self.select_adapter is not None:
-                self.select_adapter(request.adapter)
+            self._use(request.adapter)
             logits = self._pass(self._module, cache, ids, keep)
             choices = choose(
                 logits,
@@ -274,27 +289,3 @@ class DecodeLoop:
             torch.cuda.synchronize()  # the next pass must not be queued behind this one, or a cancel waits for both
         logits: torch.Tensor = answer.logits[0]
         return logits
-
-    def _make_room(self, cache: PrefixCache, needed: int) -> None:
-        """Give up the next thing that takes memory.
-
-        Raises:
-            MemoryFullError: There is nothing left to give up.
-        """
-        freed = self._shelf.give_up_others(cache)
-        out_of_memory.return_unused(self._device)
-        if freed:
-            log.warning("memory is full on %s: the caches of other places are given up, %d bytes", self._device, freed)
-        elif self._chunk_tokens > _LEAST_CHUNK_TOKENS:
-            self._chunk_tokens = max(_LEAST_CHUNK_TOKENS, self._chunk_tokens // 4)
-            log.warning("memory is full on %s: prompts are read %d tokens a time", self._device, self._chunk_tokens)
-        else:
-            raise self._shrink(needed)
-
-    def _shrink(self, needed: int) -> MemoryFullError:
-        shorter = max(_LEAST_CONTEXT_TOKENS, int(_SHRINK * min(needed, self.context_tokens)))
-        self.context_tokens = min(self.context_tokens, shorter)
-        log.error("memory is full on %s at %d tokens: the context is %d now", self._device, needed, self.context_tokens)
-        return out_of_memory.full(
-            self._device, f"{needed} tokens", f"the context is {self.context_tokens} tokens from now on; "
-        )

@@ -25,7 +25,7 @@ _ROOM_TOKENS = 256
 """Room is made in multiples of this: a completion fits in the first one that is made for its prompt."""
 
 
-class RoomyLayer(DynamicLayer):
+class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the base's own way of being subclassed
     """One layer's keys and values, in tensors with room for more at their end.
 
     `keys` and `values` are views of them, (1, H, T, D), which is all that the base class looks at.
@@ -33,7 +33,7 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self) -> None:
         """Hold nothing."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._rooms: list[torch.Tensor] = []  # keys', values'
 
     def update(
@@ -78,6 +78,8 @@ class PrefixCache:
         self.ids: list[int] = []
         """The tokens whose keys and values are here; for others' eyes a list that only grows, or is replaced."""
         self.adapter: str | None = None
+        self.in_use = False
+        """Whether a stream is open that reads into it."""
         self._rooms: list[RoomyLayer] = []
         self._n_layers = n_layers
         self.give_up()
@@ -145,25 +147,36 @@ class Shelf:
             prompt: Its prompt.
 
         Returns:
-            The cache, and what was behind this very prompt in it: what was written, or drafted, when it was last asked.
+            The cache, which is in use until `in_use` is cleared, and what was behind this very prompt in it: what was
+            written, or drafted, when it was last asked.
         """
-        cache = self._explanation
         if request.task is Task.COMPLETION:
             # The slots know tokens only: a mark in front of them, another for each adapter, keeps those apart.
             mark = self._adapter_marks.setdefault(request.adapter, -1 - len(self._adapter_marks))
             slot, _ = self._slots.choose((mark, *prompt), ahead=request.ahead)
-            cache = self._completions[slot]
+            cache = self._completions[slot] = self._free(self._completions[slot])
             self._latest_adapter = request.adapter
+        else:
+            cache = self._explanation = self._free(self._explanation)
+        tail = self._fill(cache, request, prompt)
+        cache.in_use = True
+        return cache, tail
+
+    def _fill(self, cache: PrefixCache, request: GenerationRequest, prompt: list[int]) -> list[int]:
         if not request.cached:
             cache.keep([], request.adapter)
-            return cache, []
+            return []
         shares = [each.shared(prompt, request.adapter) for each in self._all()]
         richest = self._all()[shares.index(max(shares))]
         tail = richest.ids[len(prompt) :] if max(shares) == len(prompt) else []
         if max(shares) > cache.shared(prompt, request.adapter):
             self._copy(cache, richest, max(shares))
         cache.keep(prompt, request.adapter)
-        return cache, tail
+        return tail
+
+    def _free(self, cache: PrefixCache) -> PrefixCache:
+        # Two streams in one cache would take turns at reading what the other crops. The one that was there keeps it.
+        return PrefixCache(self._n_layers) if cache.in_use else cache
 
     def _copy(self, cache: PrefixCache, richest: PrefixCache, count: int) -> None:
         try:

@@ -96,7 +96,8 @@ def needs_of(folder: Path, kind: str) -> Needs:
 def _count_weights(folder: Path) -> tuple[int, int]:
     """Return how many weights linear layers have, and all others."""
     linear = other = 0
-    files = sorted(folder.glob("*.safetensors"))
+    # Some models come with the same weights a second time, in a file for other programs.
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelCorruptError(f"{folder} has no .safetensors file; pull or copy the model again")
     for file in files:

@@ -120,12 +120,7 @@ class TransformersEngine:
 
             self._switch = AdapterSwitch(self._module)
         self._switch.attach(adapters)
-        served = {adapter.name for adapter in adapters}
-        self._loop.select_adapter = self._switch.select if served else None
-        if not served:
-            self._switch.select(None)
-        # Names end with a hash of the weights: what an adapter that stays has computed stays right.
-        self._loop.forget(lambda name: name is not None and name not in served)
+        self._loop.serve(self._switch.names, self._switch.select)
 
     async def with_model(self, work: Callable[[Any], T]) -> T:
         """Return what `work` makes of the module tree, in the worker thread."""
@@ -154,6 +149,12 @@ class TransformersEngine:
             raise EngineError("the model was unloaded; ask again")
         return TransformersEngine(self._worker, self._tree, self._loop.without_drafts(), self._twin)
 
+    async def generate_from_scratch(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], float]:
+        """Return what transformers' own loop writes, and the seconds that it took; for measurements."""
+        from agent.engines import reference
+
+        return await self.with_model(lambda module: reference.generate(module, prompt, new_tokens, self.end_ids))
+
     async def close(self) -> None:
         """Free the model's memory. Streams still open end with an error."""
         with contextlib.suppress(EngineError):  # closed before
@@ -162,7 +163,6 @@ class TransformersEngine:
 
     def _free(self) -> None:
         self._loop.let_go()
-        self._loop.select_adapter = None
         self._module = self._twin = self._switch = self._tree = None
         gc.collect()  # module trees refer to themselves
         if self.on_gpu:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -19,7 +20,7 @@ async def test_all_work_runs_in_one_thread_in_its_turn() -> None:
         order.append(number)
         return threading.get_ident()
 
-    idents = await asyncio.gather(*(worker.run(lambda number=number: work(number)) for number in range(3)))
+    idents = await asyncio.gather(*(worker.run(partial(work, number)) for number in range(3)))
     assert len(set(idents)) == 1
     assert threading.get_ident() not in idents
     assert order == [0, 1, 2]

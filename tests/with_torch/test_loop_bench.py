@@ -12,7 +12,7 @@ from agent.cache_bench import Step
 from agent.engines import decoding
 from agent.errors import InputError
 from tests.conftest import World
-from tests.with_torch.small_models import CODE, save
+from tests.with_torch.small_models import CODE, save, small_module
 
 
 async def bench(world: World, *files: Path, model: str) -> dict[str, dict[str, object]]:
@@ -35,7 +35,7 @@ def code(world: World) -> list[Path]:
 
 
 async def test_all_ways_write_the_same(world: World, code: list[Path]) -> None:
-    model = save(world.root / "model")
+    model = save(world.root / "model", small_module(max_position_embeddings=4096))
     found = await bench(world, *code, model=str(model.path))
     assert found["places"]["same"] == {"drafts": "6 of 6"}
     assert found["typing"]["same"] == {"caches": "8 of 8", "drafts": "8 of 8"}
@@ -51,7 +51,7 @@ async def test_all_ways_write_the_same(world: World, code: list[Path]) -> None:
 async def test_a_loop_that_goes_wrong_is_found_out(
     world: World, code: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = save(world.root / "model")
+    model = save(world.root / "model", small_module(max_position_embeddings=4096))
     monkeypatch.setattr(decoding, "accepted_length", lambda drafted, chosen: len(drafted))  # takes every draft
     found = await bench(world, *code, model=str(model.path))
     assert found["typing"]["same"] != {"caches": "8 of 8", "drafts": "8 of 8"}
@@ -63,6 +63,19 @@ def test_the_gap_where_texts_part() -> None:
     assert loop_bench.gap([1, 3, 9], ours) == 0.25
     assert loop_bench.gap([1, 5], ours) is None
     assert loop_bench.gap([1, 2], ours) is None  # one is shorter
+
+
+def test_the_command(world: World, code: list[Path]) -> None:
+    model = save(world.root / "model", small_module(max_position_embeddings=4096))
+    options = ("--positions", "2", "--keys", "2", "--new-tokens", "4", "--model", str(model.path), "--json")
+    done = world.run("bench", "loop", *map(str, code), *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["quantisation"], found["new_tokens"]) == ("fp32", 4)
+    assert found["places"]["same"] == {"drafts": "2 of 2"}
+    missing = world.run("bench", "loop", str(code[0]), "--model", "nonesuch")
+    assert missing.returncode == 1
+    assert missing.stderr.strip().startswith("tabwise: unknown model 'nonesuch'")
 
 
 async def test_an_empty_file_is_one_line(world: World) -> None:

@@ -15,10 +15,12 @@ pytest.importorskip("torch", reason="torch is not installed; make train-deps")
 
 import torch
 
+from agent import adapters
+from agent.adapters import BaseFacts
 from agent.arbiter import Arbiter
 from agent.catalog import LocalModel
 from agent.config import EngineSettings
-from agent.engines.base import Decoded, Event, Finished, GenerationRequest, Prefilled, Task
+from agent.engines.base import Adapter, Decoded, Event, Finished, GenerationRequest, Prefilled, Task
 from agent.engines.transformers import TransformersEngine
 from agent.errors import AdapterError, EngineError, MemoryFullError, PromptTooLongError
 from agent.loaded import prepare
@@ -60,21 +62,8 @@ def flat(said: list[Decoded]) -> list[int]:
 
 async def reference(engine: TransformersEngine, prompt: tuple[int, ...], count: int) -> list[int]:
     """What transformers' own loop writes."""
-
-    def work(module: Any) -> list[int]:
-        ids = torch.tensor([prompt])
-        options = {
-            "do_sample": False,
-            "max_new_tokens": count,
-            "eos_token_id": sorted(engine.end_ids),
-            "pad_token_id": 0,
-        }
-        with torch.no_grad():
-            written = module.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        found = written[0, len(prompt) :].tolist()
-        return found[:-1] if found and found[-1] in engine.end_ids else found
-
-    return await engine.with_model(work)
+    ids, _ = await engine.generate_from_scratch(prompt, count)
+    return ids
 
 
 async def test_greedy_text_is_that_of_generate_however_the_prompt_came_about(engine: TransformersEngine) -> None:
@@ -178,7 +167,7 @@ async def test_what_is_held_is_not_read_again(engine: TransformersEngine) -> Non
     assert all(later - earlier <= 16 for earlier, later in zip([0, *done], done, strict=False))
     assert engine.held(prompt) == len(prompt)
     passes = spy(engine)
-    _, finished = await run(engine.without_drafts() and engine, GenerationRequest((*prompt, 7), 1))
+    _, finished = await run(engine, GenerationRequest((*prompt, 7), 1))
     assert (finished.prefill_tokens, finished.cached_tokens) == (1, len(prompt))
     assert passes == [1]
     _, finished = await run(engine, GenerationRequest((*prompt, 7), 0, ahead=True))
@@ -404,3 +393,72 @@ async def test_closing_ends_open_streams_with_an_error(small: LocalModel) -> Non
     with pytest.raises(EngineError, match="unloaded"):
         await run(engine, GenerationRequest((7, 8), 1))
     await engine.close()
+
+
+FACTS = BaseFacts("base", "tokenizer", "format")
+
+
+def lora(folder: Path, seed: int) -> Adapter:
+    """An adapter with random weights, for the small model."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    wrapped: Any = get_peft_model(small_module(), config)
+    wrapped.save_pretrained(folder)
+    adapters.write_manifest(folder, FACTS)
+    return adapters.inspect(folder, FACTS)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
+async def test_each_request_is_served_by_its_adapter_alone(engine: TransformersEngine, tmp_path: Path) -> None:
+    one, other = (lora(tmp_path / str(seed), seed) for seed in (1, 2))
+    prompt = await ids_of(engine, CODE)
+
+    async def ask(name: str | None, *, cached: bool = True) -> list[int]:
+        said, _ = await run(engine, GenerationRequest(prompt, 12, adapter=name, cached=cached))
+        return flat(said)
+
+    bare = await ask(None)
+    await engine.attach([one, other])
+    expected = {name: await ask(name, cached=False) for name in (None, one.name, other.name)}
+    assert expected[None] == bare
+    assert len({tuple(ids) for ids in expected.values()}) == 3
+    rng = random.Random(1)
+    for _ in range(20):
+        name = rng.choice([None, one.name, other.name])
+        assert await ask(name) == expected[name]
+    # In turns, token by token.
+    streams = {name: engine.generate(GenerationRequest(prompt, 12, adapter=name)) for name in expected}
+    said: dict[str | None, list[int]] = {name: [] for name in expected}
+    while streams:
+        for name, stream in list(streams.items()):
+            event = await anext(stream, None)
+            if event is None:
+                del streams[name]
+            elif isinstance(event, Decoded):
+                said[name] += event.ids
+    assert said == expected
+
+    await engine.attach([other])
+    assert await ask(other.name) == expected[other.name]
+    with pytest.raises(AdapterError, match="not attached"):
+        await ask(one.name)
+    (tmp_path / "1" / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(AdapterError):
+        await engine.attach([one])
+    assert await ask(other.name) == expected[other.name]  # those from before stay
+    await engine.attach([])
+    assert await ask(None, cached=False) == bare
+    with pytest.raises(AdapterError, match="not attached"):
+        await ask(other.name)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
+async def test_a_twin_is_had_at_any_time_and_is_bare(engine: TransformersEngine, tmp_path: Path) -> None:
+    await engine.attach([lora(tmp_path / "a", 1)])
+    twin = await engine.twin()
+    assert not any("lora" in name for name, _ in twin.named_modules())
+    weights = await engine.with_model(lambda module: module.model.embed_tokens.weight.data_ptr())
+    assert twin.model.embed_tokens.weight.data_ptr() == weights
+    assert (await engine.twin()) is not twin
