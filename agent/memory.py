@@ -12,21 +12,18 @@ Sources: what autograd keeps was read off the models with saved-tensor hooks and
 (tests/with_torch/test_planner_measured.py); NF4 with double quantisation is QLoRA's (arXiv 2305.14314, section 3).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
+from agent import weights
 from agent.catalog import Dimensions
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Half a byte a weight; an 8-bit scale for each block of 64; a 32-bit scale for each 256 of these."""
 _ADAM_8BIT_BYTES = 2 * (1 + 4 / 256)
 """Two states of a byte, and a 32-bit scale for each block of 256 of either (bitsandbytes)."""
-_Q4_K_M_BITS = 4.85
-"""Of linear layers in the catalogue's GGUF files: Q4_K (4.5 bits), and Q6_K (6.56) for half of the values' and down matrices."""
-_Q4_K_BITS, _Q6_K_BITS = 4.5, 6.5625
-"""Of embeddings, and of the head: Qwen's files hold both, though they are the same numbers (llama.cpp's block formats)."""
 _LLAMACPP_BATCH = {"cpu": 7, "cuda": 512}
 """Tokens that `engines/llamacpp.py` computes in one go."""
 
@@ -155,38 +152,6 @@ class Plan:
         return sum(part.bytes for part in self.parts if part.name in names)
 
 
-def linear_parameters(size: Dimensions) -> int:
-    """Return the weights of the blocks' linear layers, the ones that are quantised."""
-    attention = 2 * size.hidden * (_q_width(size) + _kv_width(size))
-    return size.layers * (attention + size.mlp_matrices * size.hidden * size.mlp)
-
-
-def small_parameters(size: Dimensions) -> int:
-    """Return what a model has besides matrices: biases, and the norms' weights, two a block and one at the end."""
-    qkv = _q_width(size) + 2 * _kv_width(size)
-    rest = size.hidden + size.hidden + (size.mlp_matrices - 1) * size.mlp
-    biases = {"none": 0, "qkv": qkv, "all": qkv + rest}[size.biases]
-    return size.layers * (biases + 2 * size.hidden) + size.hidden
-
-
-def parameters(size: Dimensions) -> int:
-    """Return how many weights a model has."""
-    table = size.vocabulary * size.hidden
-    return linear_parameters(size) + small_parameters(size) + table * (1 if size.tied else 2)
-
-
-def lora_parameters(size: Dimensions, rank: int) -> int:
-    """Return the weights of an adapter on all linear layers of the blocks."""
-    attention = 2 * size.hidden + 2 * (_q_width(size) + _kv_width(size)) + 2 * size.hidden
-    return rank * size.layers * (attention + size.mlp_matrices * (size.hidden + size.mlp))
-
-
-def gguf_bytes(size: Dimensions) -> int:
-    """Return about how large the model's Q4_K_M file is: within 3 % for sizes that 256 divides, and too little for others."""
-    table = size.vocabulary * size.hidden * (_Q4_K_BITS + _Q6_K_BITS)
-    return round((linear_parameters(size) * _Q4_K_M_BITS + table + 32 * small_parameters(size)) / 8)
-
-
 def plan(size: Dimensions, workload: Workload, *, file_bytes: int = 0) -> Plan:
     """Return what `workload` takes on the device.
 
@@ -195,27 +160,28 @@ def plan(size: Dimensions, workload: Workload, *, file_bytes: int = 0) -> Plan:
         workload: What the model is to do.
         file_bytes: Size of the GGUF file for a plan of llama.cpp; estimated where it is 0.
     """
-    kv_bytes = 2 * size.layers * _kv_width(size) * workload.element_bytes
+    kv_bytes = 2 * size.layers * weights.kv_width(size) * workload.element_bytes
     held = [*_base(size, workload, file_bytes), *_serving(size, workload, kv_bytes)]
     peaks = None
     if workload.training:
         peaks = _peaks(size, workload, workload.training)
         held += _training(size, workload.training, peaks)
-    return Plan(workload, parameters(size), (*held, *_allowances(workload, held)), kv_bytes, peaks)
+    return Plan(workload, weights.parameters(size), (*held, *_allowances(workload, held)), kv_bytes, peaks)
 
 
 def _base(size: Dimensions, workload: Workload, file_bytes: int) -> list[Part]:
     if workload.quantisation is Quantisation.GGUF:
         note = "the file, embeddings and head in it" if file_bytes else "estimated from 4.85 bits a weight"
-        return [Part("layers", file_bytes or gguf_bytes(size), note)]
+        return [Part("layers", file_bytes or weights.gguf_bytes(size), note)]
     each = {Quantisation.NF4: _NF4_BYTES, Quantisation.INT8: 1.0, Quantisation.BF16: 2.0, Quantisation.FP32: 4.0}
-    linear = linear_parameters(size) * each[workload.quantisation]
+    linear = weights.linear_parameters(size) * each[workload.quantisation]
     if workload.quantisation is Quantisation.INT8:
-        rows = _q_width(size) + 2 * _kv_width(size) + 2 * size.hidden + (size.mlp_matrices - 1) * size.mlp
+        rows = weights.q_width(size) + 2 * weights.kv_width(size) + 2 * size.hidden + (size.mlp_matrices - 1) * size.mlp
         linear += 4 * size.layers * rows  # a 32-bit scale for each row
+    small = weights.small_parameters(size) * workload.element_bytes
     table = size.vocabulary * size.hidden * workload.element_bytes
     return [
-        Part("layers", round(linear) + small_parameters(size) * workload.element_bytes, workload.quantisation.value),
+        Part("layers", round(linear) + small, workload.quantisation.value),
         Part("embeddings", table, f"{8 * workload.element_bytes} bits"),
         Part("head", 0 if size.tied else table, "the embeddings are used" if size.tied else ""),
     ]
@@ -226,9 +192,8 @@ def _serving(size: Dimensions, workload: Workload, kv_bytes: int) -> list[Part]:
     count = f"{workload.caches} × {workload.context_tokens} tokens"
     held = [Part("key-value caches", caches, count)]
     if workload.served_rank and workload.quantisation is not Quantisation.GGUF:
-        held.append(
-            Part("served adapter", 4 * lora_parameters(size, workload.served_rank), f"rank {workload.served_rank}")
-        )
+        served = weights.lora_parameters(size, workload.served_rank)
+        held.append(Part("served adapter", 4 * served, f"rank {workload.served_rank}"))
     return [*held, Part("serving step", _prefill(size, workload), f"{_read_at_once(workload)} tokens read at once")]
 
 
@@ -247,18 +212,18 @@ def _prefill(size: Dimensions, workload: Workload) -> int:
     stream = 3 * size.hidden  # what goes past the block, what comes out of the norm, what the block gives
     mlp = tokens * element * (stream + (3 if size.mlp_matrices > 2 else 2) * size.mlp)
     # Joined with what is cached, a block's keys and values exist twice for a moment, and are then spread over all heads.
-    spread = _q_width(size) if size.kv_heads < size.heads else 0
-    attention = tokens * element * (stream + 2 * _q_width(size))
-    attention += 2 * workload.context_tokens * element * (_kv_width(size) + spread)
+    spread = weights.q_width(size) if size.kv_heads < size.heads else 0
+    attention = tokens * element * (stream + 2 * weights.q_width(size))
+    attention += 2 * workload.context_tokens * element * (weights.kv_width(size) + spread)
     logits = size.vocabulary * (element + 4)
     return max(mlp, attention, logits) + _dequantised(size, workload)
 
 
 def _dequantised(size: Dimensions, workload: Workload) -> int:
     """Return what the largest matrix takes while it is multiplied with: bitsandbytes unpacks it to 16 bits first."""
-    if workload.quantisation is not Quantisation.NF4:
+    if workload.quantisation not in (Quantisation.NF4, Quantisation.INT8):
         return 0
-    return 2 * size.hidden * max(size.mlp, _q_width(size))
+    return 2 * size.hidden * max(size.mlp, weights.q_width(size))
 
 
 def _peaks(size: Dimensions, workload: Workload, training: Training) -> Peaks:
@@ -286,20 +251,20 @@ def _kept_per_token(size: Dimensions, workload: Workload, rank: int) -> int:
     element = workload.element_bytes
     inputs = 5 if workload.quantisation is Quantisation.BF16 else 2
     mlp = 4 if size.mlp_matrices > 2 else 2
-    numbers = inputs * size.hidden + 4 * _q_width(size) + mlp * size.mlp + (4 + size.mlp_matrices) * rank
+    numbers = inputs * size.hidden + 4 * weights.q_width(size) + mlp * size.mlp + (4 + size.mlp_matrices) * rank
     return 2 * 4 * size.hidden + element * numbers
 
 
 def _training(size: Dimensions, training: Training, peaks: Peaks) -> list[Part]:
-    weights = lora_parameters(size, training.rank)
+    trained = weights.lora_parameters(size, training.rank)
     each = {Optimizer.ADAM: 8.0, Optimizer.ADAM_8BIT: _ADAM_8BIT_BYTES, Optimizer.ADAM_OFFLOADED: 0.0}
     kept = peaks.kept_with_checkpointing if training.checkpointing else peaks.kept_without_checkpointing
     how = "checkpointed" if training.checkpointing else "not checkpointed"
     worst = "scores and their gradients" if peaks.logits > peaks.one_block else "the way back through a block"
     return [
-        Part("trained adapter", 4 * weights, f"rank {training.rank}, {weights / 1e6:.1f} M weights in 32 bits"),
-        Part("gradients", 4 * weights),
-        Part("optimizer", round(each[training.optimizer] * weights), training.optimizer.value),
+        Part("trained adapter", 4 * trained, f"rank {training.rank}, {trained / 1e6:.1f} M weights in 32 bits"),
+        Part("gradients", 4 * trained),
+        Part("optimizer", round(each[training.optimizer] * trained), training.optimizer.value),
         Part("activations", kept, f"{2 * training.pairs} × {training.row_tokens} tokens, {how}"),
         Part("training step", max(peaks.logits, peaks.one_block), worst),
     ]
@@ -308,7 +273,7 @@ def _training(size: Dimensions, training: Training, peaks: Peaks) -> list[Part]:
 CUDA_RUNTIME_BYTES = 600 * MIB
 """CUDA's context with the kernels of torch, cuBLAS and bitsandbytes, and cuBLAS's workspace (assumed)."""
 _CPU_RUNTIME_BYTES = 600 * MIB
-"""Python with torch, transformers and peft imported: 0.4 to 0.6 GiB (measured before the loads of the planner's test)."""
+"""Python with torch, transformers and peft: 0.40 GiB (measured), and room for bitsandbytes and a trainer (assumed)."""
 _LIGHT_RUNTIME_BYTES = 150 * MIB
 """Python with the daemon and llama.cpp, 55 MiB, and llama.cpp's vocabulary and buffers, 70 (measured with the starter)."""
 _FRAGMENTS = 0.05
@@ -327,16 +292,3 @@ def _allowances(workload: Workload, held: list[Part]) -> list[Part]:
         Part("runtime", _LIGHT_RUNTIME_BYTES if light else _CPU_RUNTIME_BYTES, "Python and its libraries"),
         Part("system", _SYSTEM_BYTES, "left for the system and the editor, assumed"),
     ]
-
-
-def smaller_context(workload: Workload, tokens: int) -> Workload:
-    """Return the workload with caches of at most `tokens`."""
-    return replace(workload, context_tokens=min(workload.context_tokens, tokens))
-
-
-def _q_width(size: Dimensions) -> int:
-    return size.heads * size.head_dim
-
-
-def _kv_width(size: Dimensions) -> int:
-    return size.kv_heads * size.head_dim

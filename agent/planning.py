@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from rich.table import Table
 
-from agent import architecture, catalog, config, fitting, machine, memory, units
+from agent import architecture, catalog, config, fitting, machine, units, weights
 from agent.architecture import Architecture
 from agent.errors import InputError
 from agent.fitting import Fit
@@ -130,11 +130,11 @@ def smaller_than(subject: Architecture, quantisation: Quantisation) -> list[Arch
     """Return the catalogue's smaller models in the same kind of file: those with the same prompts first, the largest first."""
     wanted = "gguf" if quantisation is Quantisation.GGUF else "safetensors"
     fim = catalog.entries()[subject.name].fim if subject.name in catalog.entries() else None
-    size = memory.parameters(subject.dimensions)
+    size = weights.parameters(subject.dimensions)
     found = [
-        (entry.fim != fim, -memory.parameters(entry.dimensions), entry.name)
+        (entry.fim != fim, -weights.parameters(entry.dimensions), entry.name)
         for entry in catalog.entries().values()
-        if entry.format == wanted and entry.fim != "none" and memory.parameters(entry.dimensions) < size
+        if entry.format == wanted and entry.fim != "none" and weights.parameters(entry.dimensions) < size
     ]
     return [architecture.of(name) for _, _, name in sorted(found)]
 
@@ -220,9 +220,9 @@ def overview(fits: Sequence[Fit]) -> Table:
         drawn.add_column(heading, justify="right" if heading in ("weights", "base", "total") else "left", no_wrap=True)
     drawn.add_column("fits", overflow="fold")
     for each in fits:
-        weights, held = f"{each.plan.parameters / 1e9:.2f} G", each.plan.workload.quantisation.value
+        counted, held = f"{each.plan.parameters / 1e9:.2f} G", each.plan.workload.quantisation.value
         answer = "yes" if each.fits else f"with {', '.join(each.changes)}" if each.changed else "no"
-        drawn.add_row(each.model, weights, held, _gib(each.plan.base_bytes), _gib(each.plan.total_bytes), answer)
+        drawn.add_row(each.model, counted, held, _gib(each.plan.base_bytes), _gib(each.plan.total_bytes), answer)
     return drawn
 
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from agent import architecture, catalog, fitting, memory
+from agent import architecture, catalog, fitting, memory, weights
 from agent.memory import GIB, Device, Optimizer, Quantisation, Training, Workload
 
 SEVEN = architecture.of("qwen2.5-coder-7b")
@@ -82,7 +82,7 @@ def test_another_model_is_the_last_resort() -> None:
     found = fitting.fit(THIRTEEN, Workload(training=Training()), 8 * GIB, smaller)
     assert found.changes[0] == "codellama-7b in place of codellama-13b"
     assert found.changed is not None
-    assert found.changed.parameters == memory.parameters(smaller[0].dimensions)
+    assert found.changed.parameters == weights.parameters(smaller[0].dimensions)
 
 
 def test_a_smaller_model_gets_no_longer_context_than_it_has() -> None:

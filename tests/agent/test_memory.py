@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from agent import catalog, memory
+from agent import catalog, memory, weights
 from agent.catalog import Dimensions
 from agent.memory import GIB, MIB, Device, Optimizer, Quantisation, Training, Workload
 
@@ -29,7 +29,7 @@ def sizes(name: str) -> Dimensions:
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_are_counted_as_their_makers_do(name: str) -> None:
-    counted = memory.parameters(sizes(name))
+    counted = weights.parameters(sizes(name))
     # Left out: the biases of starcoder2's and phi's norms, and of phi's head.
     assert 0 <= WEIGHTS[name] - counted <= WEIGHTS[name] * 1e-4
     if name.startswith("qwen"):
@@ -38,7 +38,7 @@ def test_weights_are_counted_as_their_makers_do(name: str) -> None:
 
 def test_the_7b_as_it_was_calculated_by_hand() -> None:
     found = memory.plan(sizes("qwen2.5-coder-7b"), Workload(training=Training()))
-    assert memory.lora_parameters(sizes("qwen2.5-coder-7b"), 16) == 40_370_176
+    assert weights.lora_parameters(sizes("qwen2.5-coder-7b"), 16) == 40_370_176
     assert found.bytes_of("layers") / GIB == pytest.approx(3.14, abs=0.01)
     assert found.base_bytes / GIB == pytest.approx(5.17, abs=0.01)
     assert found.bytes_of("trained adapter") == found.bytes_of("gradients") == 161_480_704  # 154 MiB
@@ -137,7 +137,7 @@ def test_a_gguf_file_takes_its_bytes() -> None:
 @pytest.mark.parametrize(("name", "gigabytes"), [("qwen2.5-coder-1.5b-gguf", 1.12), ("qwen2.5-coder-7b-gguf", 4.68)])
 def test_a_gguf_file_that_is_not_here_is_estimated(name: str, gigabytes: float) -> None:
     """The files' sizes as the hub shows them."""
-    assert memory.gguf_bytes(sizes(name)) / 1e9 == pytest.approx(gigabytes, rel=0.03)
+    assert weights.gguf_bytes(sizes(name)) / 1e9 == pytest.approx(gigabytes, rel=0.03)
 
 
 def test_a_cpu_leaves_room_for_the_system() -> None:

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed; make train-deps")
 pytest.importorskip("peft", reason="peft is not installed; make train-deps")
 
-from agent import architecture, catalog, memory
+from agent import architecture, catalog, memory, weights
 from agent.memory import MIB, Device, Optimizer, Quantisation, Training, Workload
 
 TOLERANCE = 0.10
@@ -126,7 +126,7 @@ def test_weights_are_counted_as_transformers_does(name: str) -> None:
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert memory.parameters(size) == pytest.approx(sum(each.numel() for each in model.parameters()), rel=1e-4)
+    assert weights.parameters(size) == pytest.approx(sum(each.numel() for each in model.parameters()), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers so
@@ -142,4 +142,4 @@ def test_an_adapters_weights_are_counted_as_peft_does(kind: str) -> None:
         policy = get_peft_model(model(config(**MODELS[kind])), LoraConfig(r=16, target_modules="all-linear"))
     size = architecture.of_config(kind, MODELS[kind] | {"model_type": kind}).dimensions
     trained = sum(each.numel() for each in policy.parameters() if each.requires_grad)
-    assert memory.lora_parameters(size, 16) == trained
+    assert weights.lora_parameters(size, 16) == trained
