@@ -289,11 +289,9 @@ def main() -> None:
     try:
         found = asyncio.run(run(given.adapter, given.prompts, given.skip, given.seed))
     except ImportError as error:
-        sys.stderr.write(f"tabwise: this benchmark needs {error.name}, which is not installed; run: make train-deps\n")
-        sys.exit(1)
+        sys.exit(f"tabwise: this benchmark needs {error.name}, which is not installed; run: make train-deps")
     except TabwiseError as error:
-        sys.stderr.write(f"tabwise: {error}\n")
-        sys.exit(1)
+        sys.exit(f"tabwise: {error}")
     with suppress(BrokenPipeError):
         sys.stdout.write(json.dumps(found) + "\n")
 
