@@ -36,9 +36,8 @@ from agent.types import Chat, Message
 
 log = logging.getLogger(__name__)
 
-_ROOM = (
-    2.0  # times the caches that must be free for two servers at once: buffers, and what other programs take meanwhile
-)
+_ROOM = 2.0
+"""Times the caches that must be free for two servers at once: buffers, and what other programs take meanwhile."""
 
 
 class LlamaCppEngine:
