@@ -81,7 +81,7 @@ def test_what_is_common_is_kept() -> None:
     assert held(cache) == [[1, 2, 3]] * 2
     other, tail = take(shelf, 1, 2, 9)
     assert (other.ids, tail) == ([1, 2], [])
-    assert shelf.held([1, 2, 9, 9]) == 2
+    assert shelf.held([1, 2, 9, 9], None) == 2
 
 
 def test_another_place_gives_what_it_has() -> None:
