@@ -43,6 +43,8 @@ err = Console(stderr=True)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check and return the process's status: 0 unless something that was checked does not hold."""
     asked = _parser().parse_args(arguments)
+    if asked.device == "cpu" and not asked.tiny:
+        return _complain("--device is cpu, on which a 7B in four bits takes hours; add --tiny")
     try:
         import torch
     except ImportError:
@@ -54,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cap = units.parse_memory(asked.memory) if asked.memory else 0
     except TabwiseError as error:
-        err.print(f"tabwise: {error}", soft_wrap=True)
-        return 1
+        return _complain(str(error))
     device = torch.device(asked.device)
     if cap and device.type == "cuda":
         _cap(device, cap)
@@ -67,9 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             asked.json.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            err.print(f"tabwise: cannot write {asked.json}: {error.strerror}; choose another file", soft_wrap=True)
-            return 1
+            return _complain(f"cannot write {asked.json}: {error.strerror}; choose another file")
     return 1 if any(row.ok is False for row in rows) else 0
+
+
+def _complain(what: str) -> int:
+    err.print(f"tabwise: {what}", markup=False, highlight=False, soft_wrap=True)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,10 +132,10 @@ async def _check(asked: argparse.Namespace, device: "torch.device", facts: dict[
         return [failed("imports", error), left_out("everything else", "a library is missing")]
     extent = subjects.TINY if asked.tiny else subjects.FULL
     meter = subjects.Meter(device)
-    chance = asked.random_weights or asked.tiny or not subjects.is_here(asked.model)
     loaded: list[Subject] = []
 
     async def load() -> Sequence[Row]:
+        chance = asked.random_weights or asked.tiny or not subjects.is_here(asked.model)
         loaded.append(await subjects.load(asked.model, extent, device, chance=chance))
         facts["model"] = loaded[0].name
         return [_loaded(loaded[0], meter, time.monotonic() - began)]

@@ -96,15 +96,32 @@ def test_without_torch_it_says_so_in_one_line() -> None:
     assert done.stdout == "torch is not installed, so nothing was checked; run: make train-deps\n"
 
 
-@pytest.mark.e2e
-def test_a_model_that_cannot_be_made_is_one_line_of_the_table(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_had_is_one_line_of_the_table(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    done = gpu_check("--device", "cpu", "--random-weights", "--model", "starcoder2-7b", "--json", str(file))
+    broken = (
+        "import agent.gpu_check.subject as it\nasync def load(*_, **__): raise ValueError('no luck')\nit.load = load"
+    )
+    done = gpu_check("--device", "cpu", "--tiny", "--json", str(file), prelude=broken)
     assert done.returncode == 1
     rows = json.loads(file.read_text())["rows"]
     assert [(row["name"], row["ok"]) for row in rows] == [("load in four bits", False), ("everything else", None)]
-    assert "is no Qwen2" in rows[0]["note"]
+    assert rows[0]["note"] == "ValueError: no luck"
     assert "NO" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--device", "cpu"), "tabwise: --device is cpu, on which"),
+        (("--device", "cpu", "--tiny", "--memory", "lots"), "tabwise: --memory is 'lots'"),
+    ],
+)
+def test_errors_are_one_line(arguments: tuple[str, ...], told: str) -> None:
+    done = gpu_check(*arguments)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(told)
+    assert done.stderr.count("\n") == 1
 
 
 async def test_one_failure_is_one_row_and_the_others_are_made() -> None:
