@@ -17,7 +17,9 @@ WINDOW_LINES = 64
 """The text above begins at a multiple of so many lines, so that its beginning moves rarely."""
 LIVE_CHARS = 800
 """Most characters of live text, 200 tokens or so: as much again as a suffix, so that a prompt never doubles."""
-_LINE_CHARS = 12_000  # of the cursor's line before the cursor; longer ones the daemon refuses
+_LINE_CHARS = (
+    12_000  # of the cursor's line before the cursor, longer ones the daemon refuses; and of a block of lines above it
+)
 _BUDGET_CHARS = 12  # a token, at most: the daemon cuts longer texts before it counts, so that more is sent in vain
 _LEAST_CHARS = 2_000  # rules and grammars look at the text, too, however small the budget of a prompt is
 
@@ -46,7 +48,7 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How much of a document around the cursor is looked at; each key sends it to the daemon."""
+    """How much of a document around the cursor is looked at, at least where there is as much; each key sends it to the daemon."""
 
     above_chars: int = 384 * _BUDGET_CHARS
     behind_chars: int = _LEAST_CHARS
@@ -96,7 +98,7 @@ def anew(document: Document, place: Place, around: Around, window: Window) -> tu
 
 
 def _cut(document: Document, place: Place, top: int, line: int, around: Around, window: Window) -> Surroundings:
-    head = "".join(document.lines[top:line])[-window.above_chars :]
+    head = "".join(document.lines[top:line])[-(window.above_chars + _LINE_CHARS) :]  # lines may be as long as they like
     if top == 0:
         head = around.above[-window.above_chars :] + head
     live = document.between(Place(line, 0), place)[-_LINE_CHARS:]
@@ -116,11 +118,10 @@ def _cut(document: Document, place: Place, top: int, line: int, around: Around, 
 
 
 def _top(document: Document, place: Place, window: Window) -> int:
+    # Whole blocks until the window is full: with only those that fit, long lines would leave hardly any text above.
     top = place.line - place.line % WINDOW_LINES
     n_chars = sum(map(len, document.lines[top : place.line]))
-    while top > 0:
+    while top > 0 and n_chars < window.above_chars:
         n_chars += sum(map(len, document.lines[top - WINDOW_LINES : top]))
-        if n_chars > window.above_chars:
-            break
         top -= WINDOW_LINES
     return top

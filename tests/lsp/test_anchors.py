@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from lsp.anchors import LIVE_CHARS, Anchor, Around, Window, anchored
 from lsp.documents import Change, Document, Place, Units
 
@@ -107,6 +109,23 @@ def test_head_and_live_text_are_the_text_before_the_cursor_wherever_it_is() -> N
         assert (cut.closers + cut.suffix).startswith(behind[: len(cut.suffix)])
         document, _ = typed(document, place, rng.choice(["x", "\r\n", "()", ""]))
         earlier = (anchor, *earlier[:1])
+
+
+@pytest.mark.parametrize("width", [20, 40, 70, 90, 150, 400])
+@pytest.mark.parametrize("window", [Window(), Window.of(128, 128), Window.of(1024, 512)])
+def test_the_text_above_fills_the_window_wherever_the_cursor_is(width: int, window: Window) -> None:
+    document = opened(("x" * (width - 1) + "\n") * 600)
+    for line in (1, 63, 64, 65, 192, 194, 200, 255, 256, 599):
+        _, cut = anchored(document, Place(line, 0), (), Around(), window)
+        assert len(cut.head) >= min(line * width, window.above_chars)
+        assert len(cut.suffix) >= min((599 - line) * width, window.behind_chars)
+        assert len(cut.head) <= window.above_chars + 64 * width
+
+
+def test_a_window_is_as_large_as_the_prompt() -> None:
+    small, large = Window.of(16, 16), Window.of(2048, 1024)
+    assert (small.above_chars, small.behind_chars) == (2000, 2000)
+    assert (large.above_chars, large.behind_chars) == (24_576, 12_288)
 
 
 def test_cells_of_a_notebook_stand_above_and_below() -> None:
