@@ -13,6 +13,7 @@ import torch
 
 from agent.errors import EngineError
 
+NAN = "the model computed NaN where it should choose a token; detach its adapter, or try engine.quantisation = fp32"
 _SEED_BYTES = 8  # of a hash, for a number between 0 and 1
 
 
@@ -55,9 +56,7 @@ def choose(logits: torch.Tensor, *, temperature: float, seed: int, position: int
         columns += [top.indices.double(), (top.values - totals).double()]
     rows = torch.cat(columns, -1).tolist()  # an id is exact in a double
     if any(math.isnan(row[1]) for row in rows):
-        raise EngineError(
-            "the model computed NaN where it should choose a token; detach its adapter, or try engine.quantisation = fp32"
-        )
+        raise EngineError(NAN)
     return [_choice(row) for row in rows]
 
 

@@ -339,6 +339,57 @@ async def test_memory_of_the_cpu_is_told_apart_from_other_errors(engine: Transfo
     assert flat((await run(engine, GenerationRequest((7, 8, 9), 4)))[0]) == await reference(engine, (7, 8, 9), 4)
 
 
+def once(engine: TransformersEngine, layer: int, spoil: Callable[[Any, Any], Any], *, skip: int = 0) -> None:
+    """Spoil what one of the model's MLPs returns, one time, after so many passes."""
+    module: Any = engine._module.model.layers[layer].mlp
+    left = [skip]
+
+    def hook(each: Any, arguments: Any, output: Any) -> Any:
+        del arguments
+        left[0] -= 1
+        if left[0] >= 0:
+            return None
+        handle.remove()
+        return spoil(each, output)
+
+    handle = module.register_forward_hook(hook)
+
+
+def no_number(module: Any, output: Any) -> Any:
+    del module
+    return output * float("nan")
+
+
+def stumble(module: Any, output: Any) -> Any:
+    raise IndexError("index 7 is out of range")
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(("spoil", "told"), [(no_number, "NaN"), (stumble, "broke off: IndexError: index 7")])
+# In the prompt's first piece, in its last, in the text. Behind the last layer's keys, the first piece shows nothing of it.
+@pytest.mark.parametrize(("skip", "layer"), [(0, 0), (2, 0), (2, 1), (9, 0), (9, 1)])
+async def test_whatever_breaks_a_pass_does_not_break_the_next(
+    engine: TransformersEngine, skip: int, layer: int, spoil: Any, told: str, recorded: bool
+) -> None:
+    prompt = (await ids_of(engine, CODE))[:40]  # three passes
+    expected = await reference(engine, prompt, 12)
+    subject = engine.without_drafts(recorded=recorded)
+    await run(subject, GenerationRequest(prompt[:3], 1))
+    once(engine, layer, spoil, skip=skip)
+    with pytest.raises(EngineError, match=told):
+        await run(subject, GenerationRequest(prompt, 12))
+    for _ in range(2):
+        assert flat((await run(subject, GenerationRequest(prompt, 12)))[0]) == expected
+
+
+async def test_what_is_no_number_is_not_held(engine: TransformersEngine) -> None:
+    prompt = (await ids_of(engine, CODE))[:40]
+    once(engine, 0, no_number)
+    with pytest.raises(EngineError, match="NaN"):
+        await run(engine, GenerationRequest(prompt, 0, ahead=True))
+    assert engine.held(prompt) == 0
+
+
 async def test_too_long_a_prompt_is_refused(engine: TransformersEngine) -> None:
     with pytest.raises(PromptTooLongError, match=r"needs 1030 tokens, the context has 1024.*engine\.context_tokens"):
         await run(engine, GenerationRequest(tuple([7] * 1000), 30))
