@@ -21,6 +21,7 @@ from agent.arbiter import Arbiter
 from agent.catalog import LocalModel
 from agent.config import EngineSettings
 from agent.engines.base import Adapter, Decoded, Event, Finished, GenerationRequest, Prefilled, Task
+from agent.engines.out_of_memory import is_out_of_memory
 from agent.engines.transformers import TransformersEngine
 from agent.errors import AdapterError, EngineError, MemoryFullError, PromptTooLongError
 from agent.loaded import prepare
@@ -318,6 +319,18 @@ async def test_where_nothing_fits_it_says_so_each_time(engine: TransformersEngin
         with pytest.raises(MemoryFullError, match=r"engine\.context_tokens"):
             await run(engine, GenerationRequest((7, 8, 9), 4))
     assert engine.context_tokens == 512  # no further than the settings allow
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_that_cuda_itself_lacks(error: Exception) -> None:
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(torch.AcceleratorError("CUDA error: device-side assert triggered"))
 
 
 async def test_memory_of_the_cpu_is_told_apart_from_other_errors(engine: TransformersEngine) -> None:
