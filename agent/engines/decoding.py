@@ -142,6 +142,7 @@ class DecodeLoop:
             MemoryFullError: The device has no memory for it.
             EngineError: The model broke, or is gone.
         """
+        self._headroom.recover()
         prompt = list(request.prompt_ids) or [self._vocabulary.blank_id]
         self._check(request, len(prompt))
         self._use(request.adapter)  # one that is not there is refused before anything gives way to it

@@ -78,7 +78,7 @@ class TransformersEngine:
 
     @property
     def context_tokens(self) -> int:
-        """Most tokens of prompt and answer together; shrinks where the memory turns out to be too small."""
+        """Most tokens of prompt and answer together; shrinks for a while where the memory turns out to be too small."""
         return self._loop.context_tokens
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:

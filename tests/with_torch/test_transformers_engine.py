@@ -304,7 +304,7 @@ async def test_out_of_memory_shortens_the_context_and_never_kills(engine: Transf
     whole = await ids_of(engine, CODE * 30)
     prompt = whole[:800]
     full_after(engine, lambda length: length <= 620)
-    with pytest.raises(MemoryFullError, match=r"no memory left for \d+ tokens; the context is 60\d tokens from now on"):
+    with pytest.raises(MemoryFullError, match=r"no memory left for \d+ tokens; the context is 60\d tokens for some minutes now"):
         await run(subject, GenerationRequest(prompt, 8))
     assert 600 <= subject.context_tokens <= 610
     with pytest.raises(PromptTooLongError):
@@ -318,7 +318,29 @@ async def test_where_nothing_fits_it_says_so_each_time(engine: TransformersEngin
     for _ in range(3):
         with pytest.raises(MemoryFullError, match=r"engine\.context_tokens"):
             await run(engine, GenerationRequest((7, 8, 9), 4))
-    assert engine.context_tokens == 512  # no further than the settings allow
+    assert engine.context_tokens == 1024  # a shorter one would not have helped
+
+
+async def test_a_shortage_is_forgotten_after_a_while(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = (await ids_of(engine, CODE * 30))[:800]
+    loop: Any = engine._loop
+    original, headroom = loop._pass, loop._headroom
+    headroom.chunk_tokens, headroom._allowed = 64, (1024, 64)
+    now = [1000.0]
+    monkeypatch.setattr(headroom, "_clock", lambda: now[0])
+    full_after(engine, lambda length: False)
+    with pytest.raises(MemoryFullError):
+        await run(engine, GenerationRequest(prompt, 8))
+    loop._pass = original
+    now[0] += 599
+    assert (headroom.context_tokens, headroom.chunk_tokens) == (605, 32)
+    with pytest.raises(PromptTooLongError):
+        await run(engine, GenerationRequest(prompt, 8))
+    now[0] += 2
+    await run(engine, GenerationRequest(prompt, 8))
+    assert (headroom.context_tokens, headroom.chunk_tokens) == (1024, 64)
 
 
 @pytest.mark.parametrize(
