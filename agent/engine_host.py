@@ -7,6 +7,7 @@ Invariant: a model is never unloaded while somebody uses it, and never loaded tw
 
 import asyncio
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -184,15 +185,21 @@ class EngineHost:
             if model.format != catalog.REMOTE:
                 self._guard.serving(self.name)
         except Exception as error:  # noqa: BLE001 - whatever it is, the state must tell that nothing is loaded
-            told = error if isinstance(error, TabwiseError) else _unexpected(self.name, error)
-            self.state, self.error = HostState.FAILED, told
-            self._guard.unloaded()
-            log.error("cannot load %s: %s", self.name, told)
-            raise told from None
+            told = error.bare() if isinstance(error, TabwiseError) else _unexpected(self.name, error)
+        else:
+            return self._ready(loaded, time.perf_counter() - started)
+        # Out of the handler, since the error's traceback holds what was loaded of the model; which refers to itself.
+        gc.collect()
+        self.state, self.error = HostState.FAILED, told.bare()
+        self._guard.unloaded()
+        log.error("cannot load %s: %s", self.name, told)
+        raise told
+
+    def _ready(self, loaded: LoadedModel, took_s: float) -> LoadedModel:
         self.state = HostState.READY
         self.loads += 1
         fmt = loaded.fim.name if loaded.fim else "none"
-        log.info("loaded %s in %.2f s, fim format %s", self.name, time.perf_counter() - started, fmt)
+        log.info("loaded %s in %.2f s, fim format %s", self.name, took_s, fmt)
         return loaded
 
 
