@@ -110,7 +110,10 @@ class EngineHost:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             if self._loaded and self._unload_after_s and self.idle_s >= self._unload_after_s:
-                await self.unload()
+                try:
+                    await self.unload()
+                except Exception:  # a GPU's driver may fail at freeing, too; the next model is unloaded all the same
+                    log.exception("cannot unload %s in an orderly way", self.name)
 
     @property
     def idle_s(self) -> float:
@@ -123,9 +126,14 @@ class EngineHost:
             if self._loaded is None or self.users:
                 return
             loaded, self._loaded, self.state = self._loaded, None, HostState.UNLOADED
-            await loaded.engine.close()
-            self._guard.unloaded()
+            await self._end(loaded)
             log.info("unloaded %s", self.name)
+
+    async def _end(self, loaded: LoadedModel) -> None:
+        try:
+            await loaded.engine.close()
+        finally:
+            self._guard.unloaded()
 
     async def close(self) -> None:
         """Take the model out of memory, whoever uses it; one that is being loaded is waited for first."""
@@ -134,16 +142,14 @@ class EngineHost:
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             with contextlib.suppress(TabwiseError):
-                await loaded.engine.close()
-            self._guard.unloaded()
+                await self._end(loaded)
 
     async def _forget(self, loaded: LoadedModel) -> None:
         """Let go of a model that is no longer what it was; others who use it will find out by themselves."""
         if self._loaded is not loaded:
             return
         self._loaded, self.state = None, HostState.UNLOADED
-        await loaded.engine.close()
-        self._guard.unloaded()
+        await self._end(loaded)
         log.info("%s is another model now", self.name)
 
     async def _ensure(self) -> LoadedModel:

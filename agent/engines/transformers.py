@@ -160,9 +160,11 @@ class TransformersEngine:
 
     async def close(self) -> None:
         """Free the model's memory. Streams still open end with an error."""
-        with contextlib.suppress(EngineError):  # closed before
-            await self._worker.finish(self._free)
-        self._worker.end()
+        try:
+            with contextlib.suppress(EngineError):  # closed before
+                await self._worker.finish(self._free)
+        finally:
+            self._worker.end()
 
     def _free(self) -> None:
         self._loop.let_go()

@@ -85,6 +85,32 @@ async def test_a_quiet_model_leaves_memory_and_comes_back(world: World, monkeypa
     watcher.cancel()
 
 
+async def test_an_unload_that_fails_does_not_end_the_watch(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("agent.engine_host._LOOK_EVERY_S", 0.01)
+    load = Loader()
+    subject = host(world, load, unload_after_s=0.02)
+    watcher = asyncio.create_task(subject.watch())
+    async with subject.use():
+
+        async def close() -> None:
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+        monkeypatch.setattr(load.engines[0], "close", close)
+    while subject.state is HostState.READY:
+        await asyncio.sleep(0.01)
+    assert "an illegal memory access" in caplog.text
+    assert not (world.root / "engine.json").exists()
+    async with subject.use():
+        assert len(load.engines) == 2
+    async with asyncio.timeout(5):
+        while not load.engines[1].closed:
+            await asyncio.sleep(0.01)
+    assert not watcher.done()
+    watcher.cancel()
+
+
 async def test_a_failed_load_is_told_and_tried_again(world: World) -> None:
     load = Loader()
     load.error = ModelCorruptError("broken")

@@ -481,6 +481,25 @@ async def test_closing_ends_open_streams_with_an_error(small: LocalModel) -> Non
     await engine.close()
 
 
+async def test_a_close_that_fails_ends_the_thread_all_the_same(
+    small: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(threading.enumerate())
+    engine = await TransformersEngine.load(small, SETTINGS)
+    mine = [each for each in threading.enumerate() if each not in before and each.name.startswith("engine")]
+    engine.on_gpu = True
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    with pytest.raises(RuntimeError, match="illegal"):
+        await engine.close()
+    for each in mine:
+        await asyncio.to_thread(each.join, 5)
+    assert [each.is_alive() for each in mine] == [False]
+
+
 FACTS = BaseFacts("base", "tokenizer", "format")
 
 
