@@ -7,6 +7,7 @@ Invariant: a model is never unloaded while somebody uses it, and never loaded tw
 
 import asyncio
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -109,7 +110,10 @@ class EngineHost:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             if self._loaded and self._unload_after_s and self.idle_s >= self._unload_after_s:
-                await self.unload()
+                try:
+                    await self.unload()
+                except Exception:  # a GPU's driver may fail at freeing, too; the next model is unloaded all the same
+                    log.exception("cannot unload %s in an orderly way", self.name)
 
     @property
     def idle_s(self) -> float:
@@ -122,9 +126,14 @@ class EngineHost:
             if self._loaded is None or self.users:
                 return
             loaded, self._loaded, self.state = self._loaded, None, HostState.UNLOADED
-            await loaded.engine.close()
-            self._guard.unloaded()
+            await self._end(loaded)
             log.info("unloaded %s", self.name)
+
+    async def _end(self, loaded: LoadedModel) -> None:
+        try:
+            await loaded.engine.close()
+        finally:
+            self._guard.unloaded()
 
     async def close(self) -> None:
         """Take the model out of memory, whoever uses it; one that is being loaded is waited for first."""
@@ -133,16 +142,14 @@ class EngineHost:
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             with contextlib.suppress(TabwiseError):
-                await loaded.engine.close()
-            self._guard.unloaded()
+                await self._end(loaded)
 
     async def _forget(self, loaded: LoadedModel) -> None:
         """Let go of a model that is no longer what it was; others who use it will find out by themselves."""
         if self._loaded is not loaded:
             return
         self._loaded, self.state = None, HostState.UNLOADED
-        await loaded.engine.close()
-        self._guard.unloaded()
+        await self._end(loaded)
         log.info("%s is another model now", self.name)
 
     async def _ensure(self) -> LoadedModel:
@@ -184,15 +191,21 @@ class EngineHost:
             if model.format != catalog.REMOTE:
                 self._guard.serving(self.name)
         except Exception as error:  # noqa: BLE001 - whatever it is, the state must tell that nothing is loaded
-            told = error if isinstance(error, TabwiseError) else _unexpected(self.name, error)
-            self.state, self.error = HostState.FAILED, told
-            self._guard.unloaded()
-            log.error("cannot load %s: %s", self.name, told)
-            raise told from None
+            told = error.bare() if isinstance(error, TabwiseError) else _unexpected(self.name, error)
+        else:
+            return self._ready(loaded, time.perf_counter() - started)
+        # Out of the handler, since the error's traceback holds what was loaded of the model; which refers to itself.
+        gc.collect()
+        self.state, self.error = HostState.FAILED, told.bare()
+        self._guard.unloaded()
+        log.error("cannot load %s: %s", self.name, told)
+        raise told
+
+    def _ready(self, loaded: LoadedModel, took_s: float) -> LoadedModel:
         self.state = HostState.READY
         self.loads += 1
         fmt = loaded.fim.name if loaded.fim else "none"
-        log.info("loaded %s in %.2f s, fim format %s", self.name, time.perf_counter() - started, fmt)
+        log.info("loaded %s in %.2f s, fim format %s", self.name, took_s, fmt)
         return loaded
 
 

@@ -22,11 +22,17 @@ TabwiseError
 """
 
 
+import copy
+
 class TabwiseError(Exception):
     """Base of all errors that are meant for the user's eyes."""
 
     code = "tabwise_error"
     """Name of the kind of error on the wire; `from_wire` turns it back into its class."""
+
+    def bare(self) -> "TabwiseError":
+        """Return the same error without where it comes from: a traceback holds whatever its functions had in hand."""
+        return copy.copy(self)
 
 
 class ConfigError(TabwiseError):

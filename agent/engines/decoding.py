@@ -29,9 +29,9 @@ from agent.engines.drafts import (
 from agent.engines.headroom import Headroom
 from agent.engines.kv_cache import PrefixCache, Shelf
 from agent.engines.recorded_step import RecordedSteps, can_be_recorded
-from agent.engines.sampling import Choice, choose
+from agent.engines.sampling import NAN, Choice, choose
 from agent.engines.vocabulary import Spelling, Vocabulary
-from agent.errors import AdapterError, EngineError, PromptTooLongError
+from agent.errors import AdapterError, EngineError, PromptTooLongError, TabwiseError
 
 
 @dataclass(slots=True)
@@ -142,6 +142,7 @@ class DecodeLoop:
             MemoryFullError: The device has no memory for it.
             EngineError: The model broke, or is gone.
         """
+        self._headroom.recover()
         prompt = list(request.prompt_ids) or [self._vocabulary.blank_id]
         self._check(request, len(prompt))
         self._use(request.adapter)  # one that is not there is refused before anything gives way to it
@@ -259,9 +260,12 @@ class DecodeLoop:
         if self._module is None:
             raise EngineError("the model was unloaded; ask again")
         request, cache = text.request, text.cache
+        start = len(cache)
         try:
             self._use(request.adapter)
             logits = self._pass(self._module, cache, ids, keep)
+            if not keep and cache.has_nan(start):  # nothing is chosen here that would show it
+                raise EngineError(NAN)
             choices = choose(
                 logits,
                 temperature=request.temperature,
@@ -269,15 +273,17 @@ class DecodeLoop:
                 position=len(text.history.ids),
                 n_alternatives=request.alternatives,
             )
-        except (RuntimeError, MemoryError) as error:
-            reason = None if out_of_memory.is_out_of_memory(error) else " ".join(str(error).split())
+        except Exception as error:  # noqa: BLE001 - whatever it is, the layers are longer than `ids` tells
+            told = _told(error)
         else:
             cache.ids += ids
             return choices
         # Out of the handler, since the error's traceback holds the tensors of the pass.
         cache.give_up()
-        if reason is not None:
-            raise EngineError(f"the model broke off: {reason:.200}; see the log, and tabwise doctor")
+        if told is not None:
+            # The cause may lie in what was read before, and been copied from here or to here.
+            self._shelf.forget(lambda name: name == request.adapter)
+            raise told
         return None
 
     # Not inference mode: what a module keeps of such a pass could not be used by its twin in training.
@@ -298,3 +304,13 @@ class DecodeLoop:
             torch.cuda.synchronize()  # the next pass must not be queued behind this one, or a cancel waits for both
         logits: torch.Tensor = answer.logits[0]
         return logits
+
+
+def _told(error: Exception) -> TabwiseError | None:
+    """Return what to tell of a pass that failed; None where the memory did not suffice."""
+    if isinstance(error, TabwiseError):
+        return error.with_traceback(None)
+    reason = f"{type(error).__name__}: " if not isinstance(error, RuntimeError) else ""
+    reason += " ".join(str(error).split())
+    is_full = out_of_memory.is_out_of_memory(error)
+    return None if is_full else EngineError(f"the model broke off: {reason:.200}; see the log, and tabwise doctor")

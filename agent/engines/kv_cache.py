@@ -153,6 +153,16 @@ class PrefixCache:
         for layer in self._rooms:
             layer.reaches(total)
 
+    def has_nan(self, start: int) -> bool:
+        """Tell whether something was computed from place `start` on that is no number, also if `ids` doesn't tell of it yet.
+
+        The last layer tells for all: what is no number in one makes none in the next.
+        """
+        last = self._rooms[-1]
+        return any(
+            bool(part[:, :, start:].isnan().any()) for part in (last.keys, last.values) if part is not None
+        )
+
     def give_up(self) -> None:
         """Hold nothing, and free the memory; also what a pass that failed half-way has left."""
         self.ids, self.adapter = [], None
@@ -220,9 +230,9 @@ class Shelf:
         try:
             cache.copy(richest, count)
         except (RuntimeError, MemoryError) as error:
+            cache.give_up()  # it is read then, as far as there is room for that
             if not is_out_of_memory(error):
                 raise
-            cache.give_up()  # it is read then, as far as there is room for that
 
     def held(self, prompt_ids: Sequence[int], adapter: str | None = None) -> int:
         """Return how many tokens of a completion's prompt are computed, with this adapter.

@@ -6,6 +6,7 @@ run, and only safetensors are read, since other formats of weights are programs.
 Invariant: a module is returned only if every weight of it came from the files. (transformers would fill up with chance.)
 """
 
+import gc
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from agent.catalog import LocalModel
 from agent.engines import dequantised, out_of_memory, quantisation
+from agent.engines.kv_cache import n_cached_layers
 from agent.engines.offline import stay_offline
 from agent.engines.quantisation import Device, Needs, Quantisation
 from agent.engines.vocabulary import Vocabulary
@@ -51,6 +53,7 @@ def load(model: LocalModel, wanted: str, needs: Needs | None = None) -> LoadedTr
 
     Raises:
         EngineError: The libraries are not installed, or too old for the model.
+        UnknownModelError: It keeps states that cannot be taken back.
         ModelCorruptError: Files are missing, cut, or of a kind that transformers does not know.
         MemoryFullError: There is no room for it.
     """
@@ -58,14 +61,13 @@ def load(model: LocalModel, wanted: str, needs: Needs | None = None) -> LoadedTr
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tree = _load(model, wanted, needs, device)
-    except TabwiseError:
-        raise
     except Exception as error:  # noqa: BLE001 - damaged files show in whatever way their reader stumbles
-        told = _told(error, model.name, device)
+        told = error.bare() if isinstance(error, TabwiseError) else _told(error, model.name, device)
     else:
         log.info("%s is in memory as %s on %s", model.name, tree.quantisation, device)
         return tree
     # Out of the handler, since the error's traceback holds what was loaded.
+    gc.collect()  # module trees refer to themselves
     out_of_memory.return_unused(device)
     raise told
 
@@ -113,10 +115,11 @@ def _read(folder: Path, name: str, chosen: Quantisation, device: torch.device) -
         "device_map": {"": device} if device.type == "cuda" or _is_packed(chosen) else None,
         "quantization_config": _packing(chosen, device),
     }
+    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    n_cached_layers(library.AutoConfig.from_pretrained(str(folder), **where), name)  # or it refuses, before weights are read
     module, facts = library.AutoModelForCausalLM.from_pretrained(
         str(folder),
-        local_files_only=True,
-        trust_remote_code=False,
+        **where,
         use_safetensors=True,
         output_loading_info=True,
         **{key: value for key, value in options.items() if value is not None},
@@ -126,7 +129,7 @@ def _read(folder: Path, name: str, chosen: Quantisation, device: torch.device) -
             raise ModelCorruptError(
                 f"{name} lacks {len(odd)} weights, or they are of another size ({odd[0]}, …); pull or copy it again"
             )
-    tokenizer = library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    tokenizer = library.AutoTokenizer.from_pretrained(str(folder), **where)
     return module.eval().requires_grad_(False), Vocabulary(tokenizer, name, _end_ids(module))
 
 

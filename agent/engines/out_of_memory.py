@@ -9,13 +9,17 @@ from agent.errors import MemoryFullError
 
 _CPU_WORDS = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad allocation")
 """How PyTorch's allocator for CPUs says it, in a plain RuntimeError."""
+_CUDA_WORDS = ("cuda error: out of memory", "cublas_status_alloc_failed")
+"""How CUDA and its libraries say it where they allocate past PyTorch's allocator: handles, contexts, recorded graphs."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that no memory was left."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _CPU_WORDS)
+    return isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in (*_CPU_WORDS, *_CUDA_WORDS)
+    )
 
 
 def return_unused(device: torch.device) -> None:

@@ -9,6 +9,7 @@ A recording belongs to one cache's rooms and to one adapter. It is dropped when 
 where something else lies by then. Knows no text. All of it belongs to the engine's worker thread.
 """
 
+import inspect
 import logging
 import weakref
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ class Recording:
         self._mask = torch.zeros(1, 1, 1, size, dtype=torch.bool, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
-        self._ran = False
+        self.has_run = False
+        """Libraries set themselves up with the first pass, which cannot be recorded."""
 
     def is_for(self, rooms: Sequence[torch.Tensor]) -> bool:
         """Tell whether these are the very tensors that it was laid out for."""
@@ -61,22 +63,28 @@ class Recording:
             past_key_values=layers,
             use_cache=True,
         )
-        self._ran = True
+        self.has_run = True
         logits: torch.Tensor = answer.logits[0]
         return logits
 
-    def play(self, module: torch.nn.Module, layers: Any, pool: Any) -> torch.Tensor:
-        """Compute the step, from the second time on by recording it and playing it back; return the logits (1, V)."""
-        if not self._ran:
-            return self.run(module, layers)  # libraries set themselves up with the first pass, which cannot be recorded
+    def record(self, module: torch.nn.Module, layers: Any, pool: Any) -> None:
+        """Record the step, where that was not done yet.
+
+        Raises:
+            RuntimeError: Recording failed, or computing; nothing was computed.
+        """
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
             # Whoever trains in another thread may go on launching meanwhile.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._logits = self.run(module, layers)
             self._graph = graph
-        self._graph.replay()
+
+    def play(self) -> torch.Tensor:
+        """Compute the step by playing back what was recorded, and return the logits (1, V)."""
+        assert self._graph is not None
         assert self._logits is not None
+        self._graph.replay()
         return self._logits
 
 
@@ -105,16 +113,20 @@ class RecordedSteps:
         return logits
 
     def _logits(self, recording: Recording, module: torch.nn.Module, cache: Any) -> torch.Tensor:
-        if not self._records:
+        if not self._records or not recording.has_run:
             return recording.run(module, cache.layers)
         try:
-            return recording.play(module, cache.layers, self._pool)
+            recording.record(module, cache.layers, self._pool)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            self._records = False
-            log.warning("decode steps of this model cannot be recorded, so each is launched: %s", _line(error))
-            return recording.run(module, cache.layers)
+            reason = _line(error)
+        else:
+            return recording.play()
+        logits = recording.run(module, cache.layers)  # which raises again what it was that the model stumbled over
+        self._records = False
+        log.warning("decode steps of this model cannot be recorded, so each is launched: %s", reason)
+        return logits
 
 
 def _line(error: Exception) -> str:
@@ -122,8 +134,14 @@ def _line(error: Exception) -> str:
 
 
 def can_be_recorded(module: torch.nn.Module) -> bool:
-    """Tell whether one mask serves all layers of a model: where some look at a window only, it does not."""
+    """Tell whether a model can be given its places, and one mask that serves all of its layers.
+
+    Where some layers look at a window only, one mask does not serve all; and only PyTorch's own attention takes a mask of
+    yes and no: others add it to the scores.
+    """
     config: Any = module.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     has_window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return kinds == {"full_attention"} and not has_window
+    takes = inspect.signature(module.forward).parameters.keys() >= {"position_ids", "attention_mask", "past_key_values"}
+    is_masked = getattr(config, "_attn_implementation", None) == "sdpa"
+    return takes and is_masked and kinds == {"full_attention"} and not has_window

@@ -13,6 +13,10 @@ import torch
 
 from agent.errors import EngineError
 
+NAN = "the model computed NaN where it should choose a token; detach its adapter, or try engine.quantisation = fp32"
+_LEAST_TEMPERATURE = 1e-4
+"""Below, the likeliest token is taken: it would be drawn anyway (a logit that is less by 0.01 has odds of e^-100), and scores
+divided by much less are infinite."""
 _SEED_BYTES = 8  # of a hash, for a number between 0 and 1
 
 
@@ -32,7 +36,7 @@ def choose(logits: torch.Tensor, *, temperature: float, seed: int, position: int
 
     Args:
         logits: (T, V), of T places that follow one another.
-        temperature: 0 for the likeliest token.
+        temperature: 0, or nearly so, for the likeliest token.
         seed: Chooses among the tokens otherwise.
         position: Place of the first of them in the text.
         n_alternatives: How many of the likeliest tokens to report.
@@ -47,7 +51,7 @@ def choose(logits: torch.Tensor, *, temperature: float, seed: int, position: int
         return []
     scores = logits.float()
     totals = scores.logsumexp(-1, keepdim=True)  # (T, 1)
-    sampled = temperature > 0
+    sampled = temperature >= _LEAST_TEMPERATURE
     ids = _draw(scores / temperature, seed, position) if sampled else scores.argmax(-1, keepdim=True)  # (T, 1)
     columns = [ids.double(), (scores.gather(-1, ids) - totals).double()]
     if n_alternatives:
@@ -55,9 +59,7 @@ def choose(logits: torch.Tensor, *, temperature: float, seed: int, position: int
         columns += [top.indices.double(), (top.values - totals).double()]
     rows = torch.cat(columns, -1).tolist()  # an id is exact in a double
     if any(math.isnan(row[1]) for row in rows):
-        raise EngineError(
-            "the model computed NaN where it should choose a token; detach its adapter, or try engine.quantisation = fp32"
-        )
+        raise EngineError(NAN)
     return [_choice(row) for row in rows]
 
 

@@ -78,7 +78,7 @@ class TransformersEngine:
 
     @property
     def context_tokens(self) -> int:
-        """Most tokens of prompt and answer together; shrinks where the memory turns out to be too small."""
+        """Most tokens of prompt and answer together; shrinks for a while where the memory turns out to be too small."""
         return self._loop.context_tokens
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
@@ -160,9 +160,11 @@ class TransformersEngine:
 
     async def close(self) -> None:
         """Free the model's memory. Streams still open end with an error."""
-        with contextlib.suppress(EngineError):  # closed before
-            await self._worker.finish(self._free)
-        self._worker.end()
+        try:
+            with contextlib.suppress(EngineError):  # closed before
+                await self._worker.finish(self._free)
+        finally:
+            self._worker.end()
 
     def _free(self) -> None:
         self._loop.let_go()

@@ -1,4 +1,6 @@
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ from agent.catalog import LocalModel
 from agent.crash_guard import CrashGuard
 from agent.engine_host import EngineHost, HostState
 from agent.engines.base import Engine
-from agent.errors import EngineError, ModelCorruptError, ModelMissingError
+from agent.errors import EngineError, ModelCorruptError, ModelMissingError, RemoteError, TabwiseError
 from tests.conftest import World
 from tests.fakes import FakeEngine
 from tests.gguf_files import write_gguf
@@ -83,6 +85,32 @@ async def test_a_quiet_model_leaves_memory_and_comes_back(world: World, monkeypa
     watcher.cancel()
 
 
+async def test_an_unload_that_fails_does_not_end_the_watch(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("agent.engine_host._LOOK_EVERY_S", 0.01)
+    load = Loader()
+    subject = host(world, load, unload_after_s=0.02)
+    watcher = asyncio.create_task(subject.watch())
+    async with subject.use():
+
+        async def close() -> None:
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+        monkeypatch.setattr(load.engines[0], "close", close)
+    while subject.state is HostState.READY:
+        await asyncio.sleep(0.01)
+    assert "an illegal memory access" in caplog.text
+    assert not (world.root / "engine.json").exists()
+    async with subject.use():
+        assert len(load.engines) == 2
+    async with asyncio.timeout(5):
+        while not load.engines[1].closed:
+            await asyncio.sleep(0.01)
+    assert not watcher.done()
+    watcher.cancel()
+
+
 async def test_a_failed_load_is_told_and_tried_again(world: World) -> None:
     load = Loader()
     load.error = ModelCorruptError("broken")
@@ -96,6 +124,40 @@ async def test_a_failed_load_is_told_and_tried_again(world: World) -> None:
     async with subject.use():
         assert subject.state is HostState.READY
         assert subject.error is None
+
+
+class Tree:
+    """What a loader had in hand; it refers to itself, as module trees do."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.mark.parametrize("error", [ModelCorruptError("broken"), RemoteError("refused", 503), ValueError("odd")])
+async def test_a_failed_load_leaves_nothing_in_memory(world: World, error: Exception) -> None:
+    trees: list[weakref.ref[Tree]] = []
+    gc.disable()  # or it might come by at the right time
+    try:
+
+        async def load(model: LocalModel) -> Engine:
+            del model
+            tree = Tree()
+            trees.append(weakref.ref(tree))
+            try:
+                raise KeyError(7)
+            except KeyError:
+                raise type(error)(*error.args)  # noqa: B904 - the other one is its context
+
+        subject = EngineHost(str(write_gguf(world.root / "m.gguf")), load, guard(world.root), unload_after_s=0)
+        with pytest.raises(TabwiseError) as told:
+            async with subject.use():
+                pass
+        assert [tree() for tree in trees] == [None]
+    finally:
+        gc.enable()
+    assert subject.error is not None
+    assert subject.error.__traceback__ is subject.error.__context__ is None
+    assert str(subject.error) == str(told.value)
 
 
 async def test_a_model_that_is_not_here(world: World) -> None:

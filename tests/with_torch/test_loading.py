@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,42 @@ def test_a_kind_of_model_that_cannot_be_cropped_is_refused(tmp_path: Path) -> No
     model = LocalModel("mamba", tmp_path, "safetensors", None, 0, "")
     with pytest.raises(UnknownModelError, match="cannot be taken back"):
         _load(model, EngineSettings(), None, drafts=True)
+
+
+def test_it_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    from transformers import MambaConfig
+
+    MambaConfig(vocab_size=WORDS, hidden_size=16, num_hidden_layers=2, state_size=4).save_pretrained(tmp_path)
+    save_file({"odd": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UnknownModelError, match="cannot be taken back"):
+        loading.load(LocalModel("mamba", tmp_path, "safetensors", None, 0, ""), "fp32")
+
+
+async def test_a_load_that_fails_leaves_no_module_in_memory(
+    folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agent.config import EngineSettings
+    from agent.crash_guard import CrashGuard
+    from agent.engine_host import EngineHost
+    from agent.engines.transformers import TransformersEngine
+
+    modules: list[weakref.ref[Any]] = []
+
+    def broken(module: Any) -> Any:
+        modules.append(weakref.ref(module))
+        raise ValueError("odd settings")
+
+    monkeypatch.setattr(loading, "_end_ids", broken)
+    model = LocalModel("small", folder, "safetensors", None, 0, "")
+
+    async def load(model: LocalModel) -> TransformersEngine:
+        return await TransformersEngine.load(model, EngineSettings())
+
+    subject = EngineHost("small", load, CrashGuard(world.root), unload_after_s=0, find=lambda name: model)
+    with pytest.raises(ModelCorruptError, match="odd settings"):
+        async with subject.use():
+            pass
+    assert [each() for each in modules] == [None]
 
 
 def test_nothing_connects_anywhere(folder: Path) -> None:

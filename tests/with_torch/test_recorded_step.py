@@ -1,8 +1,10 @@
 """Recorded steps: the same text as by passes that are laid out for each token. Recording itself needs a GPU."""
 
 import random
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 
@@ -87,8 +89,11 @@ def test_a_recording_is_for_the_rooms_that_it_was_laid_out_for() -> None:
 def test_a_recording_keeps_no_memory() -> None:
     cache = filled(3)
     recording = cache.recordings[None] = Recording(cache.make_room(4))
+    rooms = [weakref.ref(room) for room in cache.make_room(4)]
+    assert all(room() is not None for room in rooms)
     cache.give_up()
     assert not cache.recordings
+    assert [room() for room in rooms] == [None] * 4
     assert not recording.is_for([torch.ones(1)] * 4)
 
 
@@ -107,3 +112,57 @@ def test_a_step_leaves_the_cache_as_other_passes_do() -> None:
 def test_a_model_with_windows_is_not_recorded() -> None:
     assert can_be_recorded(small_module("llama"))
     assert not can_be_recorded(small_module("mistral", sliding_window=24))
+
+
+def test_a_model_that_would_not_take_the_mask_is_not_recorded() -> None:
+    assert not can_be_recorded(small_module("llama", attn_implementation="eager"))  # which adds it to the scores
+    placeless = small_module("llama")
+    placeless.forward = lambda input_ids, attention_mask, past_key_values: None
+    assert not can_be_recorded(placeless)
+
+
+def steps_that_record(monkeypatch: pytest.MonkeyPatch, fails: str, then: str = "") -> tuple[RecordedSteps, PrefixCache]:
+    """Return steps on a device that cannot record, and that breaks off right behind it if `then` says so."""
+
+    def record(self: Recording, module: Any, layers: Any, pool: Any) -> None:
+        monkeypatch.setattr(self, "run", run if then else self.run)
+        raise RuntimeError(fails)
+
+    def run(module: Any, layers: Any) -> Any:
+        raise RuntimeError(then)
+
+    monkeypatch.setattr(Recording, "record", record)
+    steps = RecordedSteps(torch.device("cpu"))
+    steps._records = True
+    cache = PrefixCache(2)
+    return steps, cache
+
+
+def begin(cache: PrefixCache, module: Any) -> None:
+    with torch.no_grad():
+        module(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache.layers, use_cache=True)
+    cache.ids = [5, 6, 7]
+
+
+@torch.no_grad()
+def test_a_step_that_cannot_be_recorded_is_launched_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, cache = steps_that_record(monkeypatch, "operation not permitted when stream is capturing")
+    module = small_module("llama")
+    begin(cache, module)
+    for one in (8, 9):
+        logits = steps.step(module, cache, one, None)
+        cache.ids.append(one)
+    assert not steps._records
+    assert torch.allclose(logits, module(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits[0, -1:], atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_the_model_stumbles_over_says_nothing_of_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, cache = steps_that_record(monkeypatch, "capture failed", then="shapes do not fit")
+    module = small_module("llama")
+    begin(cache, module)
+    steps.step(module, cache, 8, None)
+    cache.ids.append(8)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        steps.step(module, cache, 9, None)
+    assert steps._records

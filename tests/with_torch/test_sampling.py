@@ -33,6 +33,15 @@ def test_chance_follows_the_shares_and_logps_are_those_before_the_temperature() 
     assert draws[0].logp == pytest.approx(row.log_softmax(-1)[draws[0].id].item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-38, 1e-45])
+def test_next_to_no_temperature_is_none(temperature: float) -> None:
+    logits = torch.tensor([[20.0, 30.0, 29.99], [-5.0, -4.0, -9.0]])
+    (first, second), expected = (
+        choose(logits, temperature=each, seed=3, position=0, n_alternatives=0) for each in (temperature, 0.0)
+    )
+    assert [first, second] == expected
+
+
 def test_chance_belongs_to_the_place_and_the_seed() -> None:
     logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(1))
 

@@ -21,6 +21,7 @@ from agent.arbiter import Arbiter
 from agent.catalog import LocalModel
 from agent.config import EngineSettings
 from agent.engines.base import Adapter, Decoded, Event, Finished, GenerationRequest, Prefilled, Task
+from agent.engines.out_of_memory import is_out_of_memory
 from agent.engines.transformers import TransformersEngine
 from agent.errors import AdapterError, EngineError, MemoryFullError, PromptTooLongError
 from agent.loaded import prepare
@@ -303,7 +304,7 @@ async def test_out_of_memory_shortens_the_context_and_never_kills(engine: Transf
     whole = await ids_of(engine, CODE * 30)
     prompt = whole[:800]
     full_after(engine, lambda length: length <= 620)
-    with pytest.raises(MemoryFullError, match=r"no memory left for \d+ tokens; the context is 60\d tokens from now on"):
+    with pytest.raises(MemoryFullError, match=r"no memory left for \d+ tokens; the context is 60\d tokens for some minutes now"):
         await run(subject, GenerationRequest(prompt, 8))
     assert 600 <= subject.context_tokens <= 610
     with pytest.raises(PromptTooLongError):
@@ -317,7 +318,41 @@ async def test_where_nothing_fits_it_says_so_each_time(engine: TransformersEngin
     for _ in range(3):
         with pytest.raises(MemoryFullError, match=r"engine\.context_tokens"):
             await run(engine, GenerationRequest((7, 8, 9), 4))
-    assert engine.context_tokens == 512  # no further than the settings allow
+    assert engine.context_tokens == 1024  # a shorter one would not have helped
+
+
+async def test_a_shortage_is_forgotten_after_a_while(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = (await ids_of(engine, CODE * 30))[:800]
+    loop: Any = engine._loop
+    original, headroom = loop._pass, loop._headroom
+    headroom.chunk_tokens, headroom._allowed = 64, (1024, 64)
+    now = [1000.0]
+    monkeypatch.setattr(headroom, "_clock", lambda: now[0])
+    full_after(engine, lambda length: False)
+    with pytest.raises(MemoryFullError):
+        await run(engine, GenerationRequest(prompt, 8))
+    loop._pass = original
+    now[0] += 599
+    assert (headroom.context_tokens, headroom.chunk_tokens) == (605, 32)
+    with pytest.raises(PromptTooLongError):
+        await run(engine, GenerationRequest(prompt, 8))
+    now[0] += 2
+    await run(engine, GenerationRequest(prompt, 8))
+    assert (headroom.context_tokens, headroom.chunk_tokens) == (1024, 64)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_that_cuda_itself_lacks(error: Exception) -> None:
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(torch.AcceleratorError("CUDA error: device-side assert triggered"))
 
 
 async def test_memory_of_the_cpu_is_told_apart_from_other_errors(engine: TransformersEngine) -> None:
@@ -337,6 +372,57 @@ async def test_memory_of_the_cpu_is_told_apart_from_other_errors(engine: Transfo
         await run(engine, GenerationRequest((7, 8, 9), 4))
     loop._pass = original
     assert flat((await run(engine, GenerationRequest((7, 8, 9), 4)))[0]) == await reference(engine, (7, 8, 9), 4)
+
+
+def once(engine: TransformersEngine, layer: int, spoil: Callable[[Any, Any], Any], *, skip: int = 0) -> None:
+    """Spoil what one of the model's MLPs returns, one time, after so many passes."""
+    module: Any = engine._module.model.layers[layer].mlp
+    left = [skip]
+
+    def hook(each: Any, arguments: Any, output: Any) -> Any:
+        del arguments
+        left[0] -= 1
+        if left[0] >= 0:
+            return None
+        handle.remove()
+        return spoil(each, output)
+
+    handle = module.register_forward_hook(hook)
+
+
+def no_number(module: Any, output: Any) -> Any:
+    del module
+    return output * float("nan")
+
+
+def stumble(module: Any, output: Any) -> Any:
+    raise IndexError("index 7 is out of range")
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(("spoil", "told"), [(no_number, "NaN"), (stumble, "broke off: IndexError: index 7")])
+# In the prompt's first piece, in its last, in the text. Behind the last layer's keys, the first piece shows nothing of it.
+@pytest.mark.parametrize(("skip", "layer"), [(0, 0), (2, 0), (2, 1), (9, 0), (9, 1)])
+async def test_whatever_breaks_a_pass_does_not_break_the_next(
+    engine: TransformersEngine, skip: int, layer: int, spoil: Any, told: str, recorded: bool
+) -> None:
+    prompt = (await ids_of(engine, CODE))[:40]  # three passes
+    expected = await reference(engine, prompt, 12)
+    subject = engine.without_drafts(recorded=recorded)
+    await run(subject, GenerationRequest(prompt[:3], 1))
+    once(engine, layer, spoil, skip=skip)
+    with pytest.raises(EngineError, match=told):
+        await run(subject, GenerationRequest(prompt, 12))
+    for _ in range(2):
+        assert flat((await run(subject, GenerationRequest(prompt, 12)))[0]) == expected
+
+
+async def test_what_is_no_number_is_not_held(engine: TransformersEngine) -> None:
+    prompt = (await ids_of(engine, CODE))[:40]
+    once(engine, 0, no_number)
+    with pytest.raises(EngineError, match="NaN"):
+        await run(engine, GenerationRequest(prompt, 0, ahead=True))
+    assert engine.held(prompt) == 0
 
 
 async def test_too_long_a_prompt_is_refused(engine: TransformersEngine) -> None:
@@ -393,6 +479,25 @@ async def test_closing_ends_open_streams_with_an_error(small: LocalModel) -> Non
     with pytest.raises(EngineError, match="unloaded"):
         await run(engine, GenerationRequest((7, 8), 1))
     await engine.close()
+
+
+async def test_a_close_that_fails_ends_the_thread_all_the_same(
+    small: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(threading.enumerate())
+    engine = await TransformersEngine.load(small, SETTINGS)
+    mine = [each for each in threading.enumerate() if each not in before and each.name.startswith("engine")]
+    engine.on_gpu = True
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    with pytest.raises(RuntimeError, match="illegal"):
+        await engine.close()
+    for each in mine:
+        await asyncio.to_thread(each.join, 5)
+    assert [each.is_alive() for each in mine] == [False]
 
 
 FACTS = BaseFacts("base", "tokenizer", "format")
