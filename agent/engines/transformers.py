@@ -111,6 +111,9 @@ class TransformersEngine:
             with contextlib.suppress(EngineError):  # unloaded meanwhile
                 await self._worker.finish(partial(_close, steps))
 
+    async def prepare(self, adapters: Sequence[Adapter]) -> None:
+        """Do nothing: PEFT's layers may be put in between two passes only."""
+
     async def attach(self, adapters: Sequence[Adapter]) -> None:
         """Serve these adapters, and no others.
 
