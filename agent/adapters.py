@@ -45,6 +45,7 @@ _CONFIG, _WEIGHTS, _MANIFEST = "adapter_config.json", "adapter_model.safetensors
 _RECORD_BYTES = 1 << 18  # a configuration has 2 KB; one that names 200 modules by their paths has 20
 _WEIGHTS_BYTES = 1 << 30  # rank 64 on all matrices of a 7B model has 0.65 GB in float32
 _MAX_RANK = 256  # adapters for one user's habits have 8 to 64
+_MAX_ALPHA = 1e6  # a few times the rank is usual; JSON has whole numbers that no float can hold
 _NAME_CHARS = 40  # of the folder's name; the hash behind it tells adapters apart
 _HASH_CHARS = 12
 _KEY = re.compile(r"base_model\.model\.(?P<module>model\.layers\.\d+\.(?P<kind>\w+\.\w+))\.lora_(?P<half>[AB])\.weight")
@@ -192,9 +193,13 @@ def _settings(folder: Path) -> _Settings:
     rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= _MAX_RANK:
         raise _refusal(folder, f"r is {rank!r}, it must be from 1 to {_MAX_RANK}", "train with another rank")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= _MAX_ALPHA:
         # llama.cpp takes 0 for "no scaling at all".
-        raise _refusal(folder, f"lora_alpha is {alpha!r}, it must be above 0", "train with another one")
+        raise _refusal(
+            folder,
+            f"lora_alpha is {str(alpha)[:60]}, it must be above 0, and {_MAX_ALPHA:.0f} at most",
+            "train with another one",
+        )
     if not isinstance(targets, list) or not targets or not all(isinstance(each, str) for each in targets):
         raise _refusal(folder, f"target_modules is {str(targets)[:60]!r}", "give it as a list of modules' names")
     return _Settings(rank, float(alpha), raw.get("use_rslora") is True, tuple(targets))

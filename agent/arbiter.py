@@ -56,7 +56,11 @@ class Arbiter:
         return self._engine.held(prompt_ids, adapter)
 
     async def attach(self, adapters: Sequence[Adapter]) -> None:
-        """Serve these adapters and no others, from when it is nobody's turn; explanations give way, as to completions."""
+        """Serve these adapters and no others, from when it is nobody's turn; explanations give way, as to completions.
+
+        What can be prepared is, before that, and takes no turn.
+        """
+        await self._engine.prepare(adapters)
         self._count(completions=1)
         try:
             async with self._turn:

@@ -86,7 +86,12 @@ def write(lora: Lora, base: GgufHeader, path: Path, name: str) -> None:
     Raises:
         AdapterError: It does not fit the base.
     """
-    import gguf  # with numpy, and only needed where an adapter is served
+    try:
+        import gguf  # with numpy, and only needed where an adapter is served
+    except ImportError as error:
+        raise AdapterError(
+            f"adapters need the package {error.name}, which is not installed; run: make train-deps"
+        ) from None
 
     if base.architecture not in _TURNS_PAIRS:
         known = ", ".join(_TURNS_PAIRS)

@@ -406,6 +406,10 @@ class Completions:
         self._adapter = adapter
         for session in self._sessions.values():
             session.cache.clear()
+            writing = session.writing
+            # Somebody may wait for it; what is written in advance continues a text of the other adapter's.
+            if writing is not None and not writing.ahead:
+                session.cache.put(writing.key, writing.entry)
 
     def _learn(self, session: _Session, key: Key, live: str) -> None:
         shown, now = session.shown, self._clock()

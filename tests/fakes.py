@@ -86,6 +86,8 @@ class FakeEngine:
     voices: dict[str, Say] = field(default_factory=dict)
     """What it says with an adapter; without one in here, the same as ever."""
     attached: list[Adapter] = field(default_factory=list)
+    prepared: list[Adapter] = field(default_factory=list)
+    prepare_s: float = 0.0
     refused: set[str] = field(default_factory=set)
     """Names of adapters that it cannot attach."""
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -107,6 +109,10 @@ class FakeEngine:
     def held(self, prompt_ids: tuple[int, ...], adapter: str | None = None) -> int:
         del adapter
         return len(prompt_ids) if self.holds else 0
+
+    async def prepare(self, adapters: Sequence[Adapter]) -> None:
+        self.prepared = list(adapters)
+        await asyncio.sleep(self.prepare_s)
 
     async def attach(self, adapters: Sequence[Adapter]) -> None:
         assert not self.open_streams

@@ -150,6 +150,13 @@ class Engine(Protocol):
             EngineError: The engine broke or refused.
         """
 
+    async def prepare(self, adapters: Sequence[Adapter]) -> None:
+        """Do what can be done for `attach` before it is called, while streams run; that need not be anything.
+
+        Raises:
+            AdapterError: One of them is refused already; nothing has changed.
+        """
+
     async def attach(self, adapters: Sequence[Adapter]) -> None:
         """Serve these adapters, each to the requests that name it, in place of those that were attached before.
 

@@ -157,6 +157,9 @@ class RemoteEngine:
             decoded_tokens=reader.decoded_tokens if request.max_tokens else 0,
         )
 
+    async def prepare(self, adapters: Sequence[Adapter]) -> None:
+        """Do nothing: the server loads adapters beside its streams."""
+
     async def attach(self, adapters: Sequence[Adapter]) -> None:
         """Have the server load these adapters, and unload those that this engine loaded before and are not among them."""
         await self._adapters.attach(adapters)

@@ -9,6 +9,7 @@ Imports torch only when a model is loaded. Knows nothing of prompts' layouts.
 
 import contextlib
 import gc
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +22,7 @@ from agent.engines.base import Adapter, Event, GenerationRequest, Token
 from agent.engines.offline import stay_offline
 from agent.engines.quantisation import Needs, Quantisation
 from agent.engines.worker import Worker
-from agent.errors import EngineError
+from agent.errors import AdapterError, EngineError
 from agent.types import Chat
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from agent.engines.loading import LoadedTree
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 _CHUNK_TOKENS = {"cuda": 512, "cpu": 64}
 """Prompt tokens in one pass. A cancel waits for one: a third of a second on two cores with the 0.5B (measured), and a GPU is
@@ -108,11 +111,42 @@ class TransformersEngine:
             with contextlib.suppress(EngineError):  # unloaded meanwhile
                 await self._worker.finish(partial(_close, steps))
 
+    async def prepare(self, adapters: Sequence[Adapter]) -> None:
+        """Do nothing: PEFT's layers may be put in between two passes only."""
+
     async def attach(self, adapters: Sequence[Adapter]) -> None:
-        """Serve these adapters, and no others."""
+        """Serve these adapters, and no others.
+
+        Raises:
+            AdapterError: One of them is refused, or there is no memory for all; what was served before still is.
+        """
         await self._worker.finish(partial(self._attach, tuple(adapters)))
 
     def _attach(self, adapters: tuple[Adapter, ...]) -> None:
+        names = ", ".join(adapter.name for adapter in adapters)
+        try:
+            self._switch_to(adapters)
+            return
+        except EngineError:
+            raise
+        except ImportError as error:
+            reason = f"adapters need the package {error.name}; run: make train-deps"
+        except Exception as error:  # whatever torch and PEFT raise
+            from agent.engines import out_of_memory
+
+            is_full = out_of_memory.is_out_of_memory(error)
+            if not is_full:
+                log.exception("attaching %s failed", names)
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = f"no memory is left on {self.device}; serve fewer, or a smaller model" if is_full else what
+        # The error is gone here, and with it what its frames held of the matrices that were half attached.
+        if self._tree is not None:
+            from agent.engines import out_of_memory
+
+            out_of_memory.return_unused(self._tree.device)
+        raise AdapterError(f"cannot attach {names}: {reason}")
+
+    def _switch_to(self, adapters: tuple[Adapter, ...]) -> None:
         if self._switch is None:
             if not adapters:
                 return

@@ -118,6 +118,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         ({"lora_alpha": 0}, "lora_alpha is 0"),
         ({"lora_alpha": float("inf")}, "lora_alpha"),
         ({"lora_alpha": None}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
         ({"target_modules": "all-linear"}, "target_modules"),
         ({"target_modules": []}, "target_modules"),
         ({"use_dora": True}, "use_dora"),

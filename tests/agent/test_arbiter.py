@@ -148,6 +148,20 @@ async def test_adapters_are_attached_between_two_streams_and_explanations_give_w
     assert (await running)[0] == STORY
 
 
+async def test_what_can_be_prepared_for_adapters_keeps_nobody_waiting() -> None:
+    engine = FakeEngine(say=tells, prepare_s=0.2)
+    arbiter = Arbiter(engine)
+    adapter = Adapter("one-1", Path("/one"))
+    attaching = asyncio.create_task(arbiter.attach([adapter]))
+    while not engine.prepared:
+        await asyncio.sleep(0.001)
+    assert (await text_of(arbiter.generate(ask("short", Task.COMPLETION))))[0] == "ok"
+    assert not attaching.done()
+    assert engine.attached == []
+    await attaching
+    assert engine.attached == [adapter]
+
+
 def test_a_context_that_shrinks_is_seen() -> None:
     engine = FakeEngine(context_tokens=4096)
     arbiter = Arbiter(engine)

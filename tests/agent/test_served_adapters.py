@@ -5,18 +5,19 @@ import json
 import shutil
 import uuid
 from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
-from agent import base_facts, completer
+from agent import base_facts, completer, paths
 from agent.catalog import LocalModel
 from agent.completer import Completed
 from agent.config import CompletionSettings
 from agent.crash_guard import CrashGuard
 from agent.engine_host import EngineHost
-from agent.engines.base import Engine, Task
+from agent.engines.base import Adapter, Engine, Task
 from agent.errors import AdapterError
 from agent.served_adapters import ServedAdapters
 from agent.types import CompletionRequest, Document, Generation
@@ -167,6 +168,146 @@ async def test_an_engine_that_takes_no_adapter_serves_the_bare_model_and_says_so
     found = daemon.served.describe()["completion"]
     assert found is not None
     assert "refused by this engine" in found["error"]
+
+
+def attaching(daemon: Daemon, attach: Callable[[object], Awaitable[None]]) -> None:
+    """Have the engines that are loaded from now on attach adapters in another way."""
+
+    async def load(model: LocalModel) -> Engine:
+        engine = await Daemon._load(daemon, model)
+        engine.attach = attach  # type: ignore[method-assign]
+        return engine
+
+    daemon.host._load = load
+
+
+async def test_a_daemon_that_died_of_an_adapter_does_not_try_it_again_by_itself(daemon: Daemon, world: World) -> None:
+    folder = await daemon.adapter("one", 1)
+    await daemon.served.serve({Task.COMPLETION: folder})
+    await daemon.host.close()
+    dying = Daemon(world)
+    seen: list[bytes] = []
+
+    async def attach(_: object) -> None:
+        seen.append(dying.record.read_bytes())  # all that is left of a process that ends here
+
+    attaching(dying, attach)
+    async with dying.host.use():
+        pass
+    assert [json.loads(raw) for raw in seen] == [{"completion": str(folder), "trying": True}]
+    assert "trying" not in json.loads(dying.record.read_text())
+    dying.record.write_bytes(seen[0])
+    after = Daemon(world)
+    for _ in range(2):
+        assert (await after.complete()).adapter is None
+        found = after.served.describe()["completion"]
+        assert found is not None
+        assert "serve it anew" in found["error"]
+        await after.host.unload()
+    await after.served.serve({Task.COMPLETION: folder})
+    assert (await after.complete()).adapter == after.name() is not None
+    assert json.loads(after.record.read_text()) == {"completion": str(folder)}
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no memory\nleft"), ImportError("peft"), OSError(28, "full"), OverflowError()]
+)
+async def test_whatever_an_adapter_brings_about_the_model_answers_and_nothing_is_forgotten(
+    daemon: Daemon, world: World, error: Exception
+) -> None:
+    one, two = await daemon.adapter("one", 1), await daemon.adapter("two", 2)
+    await daemon.served.serve({Task.COMPLETION: one})
+    await daemon.host.close()
+    other = Daemon(world)
+
+    async def attach(_: object) -> None:
+        raise error
+
+    attaching(other, attach)
+    assert (await other.complete()).adapter is None
+    found = other.served.describe()["completion"]
+    assert found is not None
+    assert found["folder"] == str(one)
+    assert type(error).__name__ in found["error"]
+    assert "\n" not in found["error"]
+    assert json.loads(other.record.read_text()) == {"completion": str(one)}
+    other.host._load = other._load
+    await other.host.unload()
+    await other.served.serve({Task.EXPLANATION: two})
+    assert json.loads(other.record.read_text()) == {"completion": str(one), "explanation": str(two)}
+    assert (await other.complete()).adapter == other.name() is not None
+
+
+async def test_a_base_that_cannot_be_read_is_said_and_the_model_answers(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await daemon.adapter("one", 1)
+    await daemon.served.serve({Task.COMPLETION: one})
+    await daemon.host.unload()
+
+    def of(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(base_facts, "of", of)
+    assert (await daemon.complete()).adapter is None
+    found = daemon.served.describe()["completion"]
+    assert found is not None
+    assert "Permission denied" in found["error"]
+    with pytest.raises(AdapterError, match="Permission denied"):
+        await daemon.served.serve({Task.EXPLANATION: one})
+    assert json.loads(daemon.record.read_text()) == {"completion": str(one)}
+
+
+async def test_one_that_cannot_be_remembered_does_not_answer(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = await daemon.adapter("one", 1), await daemon.adapter("two", 2)
+    await daemon.served.serve({Task.COMPLETION: one})
+    before = daemon.served.describe()
+
+    def write_private(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(paths, "write_private", write_private)
+        with pytest.raises(AdapterError, match="No space left on device"):
+            await daemon.served.serve({Task.COMPLETION: two})
+    assert daemon.served.describe() == before
+    assert (await daemon.complete()).adapter == daemon.name()
+    assert json.loads(daemon.record.read_text()) == {"completion": str(one)}
+    await daemon.served.serve({Task.COMPLETION: two})
+    assert (await daemon.complete()).adapter == daemon.name() == await named(daemon, two)
+
+
+async def test_a_full_disk_does_not_keep_what_was_served_from_being_served_again(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await daemon.served.serve({Task.COMPLETION: await daemon.adapter("one", 1)})
+    await daemon.host.unload()
+    real = paths.write_private
+
+    def write_private(path: Path, text: str) -> None:
+        if path == daemon.record:
+            raise OSError(28, "No space left on device")
+        real(path, text)
+
+    monkeypatch.setattr(paths, "write_private", write_private)
+    assert (await daemon.complete()).adapter == daemon.name() is not None
+
+
+async def test_one_to_spare_that_takes_the_memory_of_a_new_one_is_let_go(daemon: Daemon) -> None:
+    folders = [await daemon.adapter(f"{number}", number) for number in range(3)]
+    for folder in folders[:2]:
+        await daemon.served.serve({Task.COMPLETION: folder})
+    engine = daemon.engines[-1]
+    real = engine.attach
+
+    async def attach(adapters: Sequence[Adapter]) -> None:
+        if len(adapters) > 2:
+            raise MemoryError("no room for three")
+        await real(adapters)
+
+    engine.attach = attach  # type: ignore[method-assign]
+    await daemon.served.serve({Task.COMPLETION: folders[2]})
+    assert daemon.attached == ["2", "1"]
 
 
 async def test_what_an_answer_holds_stays_attached(daemon: Daemon) -> None:

@@ -445,6 +445,35 @@ async def test_what_another_adapter_wrote_is_forgotten() -> None:
     assert await shown(made, "value█") == "another way"
 
 
+async def test_who_waits_in_one_document_while_another_one_tells_of_an_adapter_gets_the_text() -> None:
+    link = FakeLink(lambda prefix: "x" * 40 if prefix == "b" else "short", character_s=0.002)
+    made = completions(link)
+    long = asyncio.create_task(shown(made, "b█", uri="file:///b.py"))
+    await asyncio.sleep(0.01)
+    link.adapter = "new-1"
+    assert await shown(made, "a█") == "short"
+    assert not long.done()
+    assert await long == "x" * 40
+    assert real(link) == 2
+    assert await shown(made, "bxx█", uri="file:///b.py") == "x" * 38  # it was written by the adapter that answers now
+    assert real(link) == 2
+
+
+async def test_who_waits_for_what_is_written_in_advance_behind_another_adapters_text_gets_the_new_ones() -> None:
+    link = FakeLink(lambda prefix: "\nmixture of both" if prefix == "bold" else "old" if prefix == "b" else "short")
+    made = completions(link)
+    assert await shown(made, "b█", uri="file:///b.py") == "old"
+    link.character_s = 0.01
+    await asyncio.sleep(0.02)
+    assert [request.prefix for request in link.requests if request.ahead] == ["bold"]
+    waiting = asyncio.create_task(shown(made, "bold█", uri="file:///b.py"))
+    await asyncio.sleep(0)
+    link.adapter, link.character_s = "new-1", 0.0
+    link.say = lambda prefix: "\nall new" if prefix == "bold" else "short"
+    assert await shown(made, "a█") == "short"
+    assert (await waiting).strip() == "all new"
+
+
 async def test_what_was_written_in_advance_behind_another_adapters_text_is_forgotten() -> None:
     link = FakeLink(tells)
     made = completions(link)

@@ -5,6 +5,7 @@ import uuid
 from collections import Counter
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,8 @@ from agent.crash_guard import CrashGuard  # noqa: E402
 from agent.engine_host import EngineHost  # noqa: E402
 from agent.engines.base import Adapter, Decoded, Engine, GenerationRequest, Task  # noqa: E402
 from agent.engines.llamacpp import LlamaCppEngine  # noqa: E402
+from agent.engines.llamacpp_server import LlamaServer  # noqa: E402
+from agent.errors import AdapterError, EngineError  # noqa: E402
 from agent.fim import FORMATS  # noqa: E402
 from agent.served_adapters import ServedAdapters  # noqa: E402
 from agent.types import CompletionRequest, Document, Generation  # noqa: E402
@@ -137,3 +140,45 @@ async def test_servers_are_replaced_between_two_streams(world: World, base: Path
     await engine.close()
     assert list(world.runtime.glob("engine-*.sock")) == []
     assert tokens
+
+
+async def test_the_server_at_work_answers_while_another_one_is_loaded(
+    world: World, base: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = base_facts.of(LocalModel("tiny", base, "gguf", None, 512, ""), FORMATS["qwen"])
+    pair = [adapters.inspect(folder, facts) for folder in folders]
+    engine = await LlamaCppEngine.load(base, SETTINGS, world.runtime)
+    arbiter = Arbiter(engine)
+    await arbiter.attach([pair[0]])
+    real, loading, go_on = LlamaServer.start, asyncio.Event(), asyncio.Event()
+
+    async def start(*arguments: Any) -> LlamaServer:
+        loading.set()
+        await go_on.wait()
+        return await real(*arguments)
+
+    monkeypatch.setattr(LlamaServer, "start", start)
+
+    async def ids(adapter: Adapter) -> list[int]:
+        request = GenerationRequest(tuple(b"def add(a, b):"), 24, adapter=adapter.name)
+        async with aclosing(arbiter.generate(request)) as stream:
+            return [one async for event in stream if isinstance(event, Decoded) for one in event.ids]
+
+    wanted = await ids(pair[0])
+    swap = asyncio.create_task(arbiter.attach(pair[1:]))
+    await loading.wait()
+    async with asyncio.timeout(5):
+        assert await ids(pair[0]) == wanted
+        assert [token.id for token in await arbiter.tokenize("add")] == list(b"add")
+    assert not swap.done()
+    go_on.set()
+    await swap
+    assert await ids(pair[1]) != wanted
+    with pytest.raises(AdapterError, match="not attached"):
+        await ids(pair[0])
+    # One that is given up while it waits for its turn: what was made ready ends with the engine at the latest.
+    await engine.prepare(pair[:1])
+    await engine.close()
+    assert list(world.runtime.glob("engine-*.sock")) == []
+    with pytest.raises(EngineError, match="unloaded"):
+        await engine.attach(pair[:1])
