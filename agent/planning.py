@@ -106,6 +106,7 @@ def workload_for(subject: Architecture, asked: Asked, held: Budget) -> Workload:
     workload = Workload(
         device=held.device,
         context_tokens=_context(subject, asked, settings.context_tokens),
+        caches=settings.cache_contexts,
         served_rank=asked.rank,
         training=_training(subject, asked, held.device) if asked.train else None,
     )

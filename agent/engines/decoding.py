@@ -246,6 +246,7 @@ class DecodeLoop:
             chunk = self._headroom.chunk_tokens
             last = missing <= max(chunk, keep)
             end = len(ids) if last else min(len(cache) + chunk, len(ids) - keep)
+            self._shelf.make_way(end, cache)
             choices = self._try(text, ids[len(cache) : end], keep if last else 0)
             if choices is None:
                 self._headroom.make_room(cache, len(ids))

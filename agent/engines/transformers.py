@@ -187,7 +187,7 @@ def _load(
 
         from agent.engines import loading
         from agent.engines.decoding import DecodeLoop
-        from agent.engines.kv_cache import Shelf, n_cached_layers
+        from agent.engines.kv_cache import Shelf, n_cached_layers, room_for
         from agent.engines.twin import twin_of
     except ImportError as error:
         raise EngineError(
@@ -199,12 +199,14 @@ def _load(
     tree = loading.load(model, settings.quantisation, needs)
     facts: Any = tree.module.config
     longest = getattr(facts.get_text_config(decoder=True), "max_position_embeddings", settings.context_tokens)
+    context_tokens = min(settings.context_tokens, longest)
+    most_tokens = settings.cache_contexts * room_for(context_tokens)
     loop = DecodeLoop(
         tree.module,
         tree.vocabulary,
-        Shelf(n_cached_layers(facts, model.name), settings.completion_slots),
+        Shelf(n_cached_layers(facts, model.name), settings.completion_slots, most_tokens),
         tree.device,
-        context_tokens=min(settings.context_tokens, longest),
+        context_tokens=context_tokens,
         chunk_tokens=settings.batch_tokens or _CHUNK_TOKENS[tree.device.type],
         drafts=drafts,
     )

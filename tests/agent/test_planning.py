@@ -124,6 +124,10 @@ def test_settings_hold_where_nothing_is_said(world: World) -> None:
     assert planning.plan_for("starter", Asked(), RAM).plan.workload.caches == 3
     for name, kind in (("phi-2", Quantisation.INT8), ("starter", Quantisation.GGUF)):
         assert planning.plan_for(name, Asked(), CARD).plan.workload.quantisation is kind
+    world.config.write_text("[engine]\ncache_contexts = 5\n")
+    found = planning.plan_for("qwen2.5-coder-7b", Asked(), CARD).plan
+    assert found.bytes_of("key-value caches") == 5 * 4096 * found.kv_bytes_per_token
+    assert planning.plan_for("starter", Asked(), RAM).plan.workload.caches == 7
 
 
 def test_smaller_models_are_of_the_same_kind() -> None:

@@ -351,6 +351,21 @@ async def test_the_models_own_limit_counts(small: LocalModel) -> None:
     await engine.close()
 
 
+async def test_caches_never_take_more_than_their_share(small: LocalModel) -> None:
+    settings = EngineSettings(context_tokens=512, threads=1, cache_contexts=1, quantisation="fp32")
+    engine = await TransformersEngine.load(small, settings)
+    shelf = engine._loop._shelf
+    per_token, most = 0, 0
+    for place in range(4):
+        await run(engine, GenerationRequest(tuple(range(3 + 20 * place, 3 + 20 * place + 15)) * 16, 8))
+        filled = [each for each in shelf._all() if each.ids]
+        per_token = filled[0].nbytes // filled[0].room_tokens
+        most = max(most, shelf.nbytes)
+        assert len(filled) == min(place + 1, 2)
+    assert most == 512 * per_token
+    await engine.close()
+
+
 async def test_an_empty_prompt_begins_a_text(engine: TransformersEngine) -> None:
     blank = engine._vocabulary.blank_id
     assert flat((await run(engine, GenerationRequest((), 6)))[0]) == await reference(engine, (blank,), 6)
