@@ -19,7 +19,7 @@ from agent.catalog import LocalModel
 from agent.config import EngineSettings
 from agent.engines.base import Adapter, Event, GenerationRequest, Token
 from agent.engines.offline import stay_offline
-from agent.engines.quantisation import Needs, Quantisation
+from agent.engines.quantisation import CHUNK_TOKENS, Needs, Quantisation
 from agent.engines.worker import Worker
 from agent.errors import EngineError
 from agent.types import Chat
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from agent.engines.loading import LoadedTree
 
 T = TypeVar("T")
-
-_CHUNK_TOKENS = {"cuda": 512, "cpu": 64}
-"""Prompt tokens in one pass. A cancel waits for one: a third of a second on two cores with the 0.5B (measured), and a GPU is
-left idle by small ones (not measured)."""
 
 
 class TransformersEngine:
@@ -207,7 +203,7 @@ def _load(
         Shelf(n_cached_layers(facts, model.name), settings.completion_slots, most_tokens),
         tree.device,
         context_tokens=context_tokens,
-        chunk_tokens=settings.batch_tokens or _CHUNK_TOKENS[tree.device.type],
+        chunk_tokens=settings.batch_tokens or CHUNK_TOKENS[tree.device.type],
         drafts=drafts,
     )
     # Made now, while the tree is as it was loaded: adapters will wrap it.
