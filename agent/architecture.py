@@ -16,7 +16,19 @@ from agent.gguf_header import GgufHeader
 
 _FAMILIES = frozenset(
     {"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "starcoder2", "phi", "phi3"}
-    | {"cohere", "cohere2", "smollm3", "olmo", "olmo2", "granite", "helium", "gpt2", "gpt_bigcode", "gpt_neox", "codegen"}
+    | {
+        "cohere",
+        "cohere2",
+        "smollm3",
+        "olmo",
+        "olmo2",
+        "granite",
+        "helium",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "codegen",
+    }
 )
 """Decoders of equal layers with attention and an MLP, whose sizes config.json has under the names that are read here."""
 _OTHER_KINDS = frozenset(

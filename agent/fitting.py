@@ -16,7 +16,10 @@ _DEFAULT_NEEDS = 2048  # tokens: prompts and answers at the default settings nee
 _SHORTER_CONTEXT = 1024
 _SHORTER_ROWS = (384, 256, 128)  # tokens of a training row; with fewer, prompts say little
 _LOWER_RANKS = (8, 4)
-_FEWER_CACHES = (3, 2)  # llama.cpp keeps one for explanations, the rest for places in the code (engine.completion_slots)
+_FEWER_CACHES = (
+    3,
+    2,
+)  # llama.cpp keeps one for explanations, the rest for places in the code (engine.completion_slots)
 _LEAST_CACHES = (1,)  # transformers: of a text that is written, and of no other (engine.cache_contexts)
 
 

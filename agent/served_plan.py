@@ -44,7 +44,9 @@ def in_transformers(name: str, settings: EngineSettings, device: Device, free_by
     try:
         return plan(quantisation.choose(settings.quantisation, quantisation.Device(device, free_bytes), needs))
     except MemoryFullError:
-        return plan(quantisation.PREFERRED[device][-1])  # the least that it takes, so that one can say how much is missing
+        return plan(
+            quantisation.PREFERRED[device][-1]
+        )  # the least that it takes, so that one can say how much is missing
 
 
 def in_llamacpp(name: str, settings: EngineSettings) -> Plan:

@@ -105,6 +105,11 @@ class DecodeLoop:
         """Most tokens of prompt and answer together, as of now; from any thread."""
         return self._headroom.context_tokens
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens that are read in one pass, as of now; from any thread."""
+        return self._headroom.chunk_tokens
+
     def held(self, prompt_ids: Sequence[int], adapter: str | None = None) -> int:
         """Return how many tokens at the beginning of a completion's prompt are computed, with this adapter; from any thread."""
         return self._shelf.held(prompt_ids, adapter)

@@ -77,6 +77,11 @@ class TransformersEngine:
         """Most tokens of prompt and answer together; shrinks where the memory turns out to be too small."""
         return self._loop.context_tokens
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens in one pass; shrinks where the memory turns out to be too small."""
+        return self._loop.chunk_tokens
+
     async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
         """Return the tokens of `text`."""
         return self._vocabulary.tokenize(text, special=special)

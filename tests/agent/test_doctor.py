@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from agent import doctor, engine_choice
@@ -41,7 +42,7 @@ def test_a_folder_runs_in_transformers_and_figures_are_told_apart(monkeypatch: p
 
 def test_memory_is_that_of_the_engine_that_was_chosen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     ram = SimpleNamespace(available=9 << 30)
-    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: ram)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: ram)
     seven = LocalModel("qwen2.5-coder-7b-gguf", Path("m.gguf"), "gguf", None, 0, "")
     folder = LocalModel("qwen2.5-coder-7b", Path("m"), "safetensors", None, 0, "")
     card = Found("a card", 11 << 30, (), cuda_build=True)

@@ -141,9 +141,7 @@ def test_a_bare_model_may_be_planned(world: World) -> None:
         (Asked(quantisation="gguf"), {"phi-2", "mistral-7b"}, "--quantisation is gguf, but phi-2 is no GGUF file"),
     ],
 )
-def test_models_that_cannot_have_a_row_that_says_so(
-    world: World, asked: Asked, cannot: set[str], told: str
-) -> None:
+def test_models_that_cannot_have_a_row_that_says_so(world: World, asked: Asked, cannot: set[str], told: str) -> None:
     rows = {each.model: each for each in planning.plan_all(asked, CARD)}
     assert list(rows) == list(catalog.entries())
     refused = {name for name, row in rows.items() if isinstance(row, Refusal)}
