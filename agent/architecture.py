@@ -14,12 +14,33 @@ from agent.catalog import Dimensions
 from agent.errors import ModelCorruptError, UnknownModelError
 from agent.gguf_header import GgufHeader
 
+_FAMILIES = frozenset(
+    {"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "starcoder2", "phi", "phi3"}
+    | {
+        "cohere",
+        "cohere2",
+        "smollm3",
+        "olmo",
+        "olmo2",
+        "granite",
+        "helium",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "codegen",
+    }
+)
+"""Decoders of equal layers with attention and an MLP, whose sizes config.json has under the names that are read here."""
+_OTHER_KINDS = frozenset(
+    {"t5", "t5encoder", "bert", "nomic-bert", "jina-bert-v2", "mamba", "mamba2", "rwkv6", "rwkv7", "jamba", "falcon-h1"}
+)
+"""Of GGUF files: what has an encoder, or states in place of keys and values."""
 _UNGATED = frozenset(
     {"starcoder2", "phi", "phi2", "gpt2", "gpt_bigcode", "gpt_neox", "gptneox", "codegen", "starcoder"}
 )
 """Families whose MLP has two matrices, by their names in config.json and in GGUF files."""
 _TIED = frozenset(
-    {"starcoder2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "cohere", "cohere2", "smollm3", "falcon"}
+    {"starcoder2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "cohere", "cohere2", "smollm3"}
 )
 """Families that share the embedding with the head unless their config.json says otherwise (transformers' defaults)."""
 _QKV_BIASED = frozenset({"qwen2"})
@@ -97,7 +118,18 @@ def of_config(name: str, config: dict[str, Any]) -> Architecture:
         raise UnknownModelError(
             f"{name} is a mixture of experts, which the planner does not know; choose a dense model"
         )
+    if packed := config.get("quantization_config"):
+        kind = packed.get("quant_method", "some way") if isinstance(packed, dict) else "some way"
+        raise UnknownModelError(
+            f"{name} has its weights packed already ({kind!r:.40}), and the planner knows whole ones; choose the model "
+            "that it was made from"
+        )
     family = str(config.get("model_type", ""))
+    if family not in _FAMILIES:
+        raise UnknownModelError(
+            f"{name} is of the family {family!r:.40}, which the planner does not know; it knows {', '.join(sorted(_FAMILIES))}"
+        )
+    tied = config.get("tie_word_embeddings")
     read = _Sizes(name, config)
     hidden = read.size("hidden_size", "n_embd")
     heads = read.size("num_attention_heads", "n_head")
@@ -109,7 +141,7 @@ def of_config(name: str, config: dict[str, Any]) -> Architecture:
         head_dim=read.size("head_dim", default=hidden // heads),
         mlp=read.size("intermediate_size", "n_inner", default=4 * hidden),
         vocabulary=read.size("vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", family in _TIED)),
+        tied=family in _TIED if tied is None else bool(tied),
         mlp_matrices=2 if family in _UNGATED else 3,
         biases=_biases(config, family),
     )
@@ -130,6 +162,8 @@ def of_header(name: str, header: GgufHeader, file_bytes: int) -> Architecture:
         UnknownModelError: It is of a kind that the planner does not understand.
     """
     kind = header.architecture
+    if kind in _OTHER_KINDS:
+        raise UnknownModelError(f"{name} is of the family {kind!r}, which the planner does not know; choose a decoder")
     if header.metadata.get(f"{kind}.expert_count"):
         raise UnknownModelError(
             f"{name} is a mixture of experts, which the planner does not know; choose a dense model"

@@ -286,7 +286,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Work out what a model needs in memory, before it is pulled: for serving, and for training beside it."""
-    from agent import planning
+    from agent import plan_report, planning
 
     asked = planning.Asked(
         memory, context, train, quantisation, device, rank, pairs, row_tokens, checkpointing, optimizer
@@ -295,16 +295,16 @@ def plan(
     if model is None:
         fits = list(planning.plan_all(asked, held))
         if as_json:
-            typer.echo(json.dumps([planning.as_dict(each, held) for each in fits]))
+            typer.echo(json.dumps([plan_report.as_dict(each, held) for each in fits]))
         else:
-            out.print(planning.overview(fits))
+            out.print(plan_report.overview(fits))
         return
     found = planning.plan_for(model, asked, held)
     if as_json:
-        typer.echo(json.dumps(planning.as_dict(found, held), ensure_ascii=False))
+        typer.echo(json.dumps(plan_report.as_dict(found, held), ensure_ascii=False))
     else:
-        out.print(planning.table(found))
-        typer.echo(planning.verdict(found, held))
+        out.print(plan_report.table(found))
+        typer.echo(plan_report.verdict(found, held))
 
 
 @models.command("list")

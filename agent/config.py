@@ -47,7 +47,8 @@ class EngineSettings(_Section):
         ge=512,
         le=131_072,
         description="Room for prompt and answer together. Memory grows with it: 12 KB a token for the starter model, "
-        "56 KB for Qwen2.5-Coder-7B; it is taken once for explanations and for each of the completion slots.",
+        "56 KB for Qwen2.5-Coder-7B. llama.cpp takes it once for explanations and for each of the completion slots, "
+        "transformers `cache_contexts` times at most.",
     )
     threads: int = Field(0, ge=0, le=512, description="Threads of the CPU engine; 0 takes one for each physical core.")
     batch_tokens: int = Field(
@@ -73,7 +74,14 @@ class EngineSettings(_Section):
         ge=1,
         le=16,
         description="Places in the code whose prompts are kept computed at the same time: one for each document that is "
-        "typed at, and two more. Each takes the memory of one context.",
+        "typed at, and two more. In llama.cpp each takes the memory of one context.",
+    )
+    cache_contexts: int = Field(
+        2,
+        ge=1,
+        le=17,
+        description="How many contexts' worth of memory the prompts that transformers keeps computed take together; "
+        "those that were used longest ago are given up.",
     )
     unload_after_s: int = Field(
         900, ge=0, le=604_800, description="Seconds without a request after which the model leaves memory; 0 for never."

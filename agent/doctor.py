@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 
-from agent import catalog, config, engine_choice, machine, paths, planning, remote_server
+from agent import catalog, config, engine_choice, paths, remote_server, served_plan
 from agent.catalog import LocalModel
-from agent.engine_choice import EngineKind
+from agent.engine_choice import Choice, EngineKind, Found
 from agent.errors import TabwiseError
 from agent.memory import Device
 from agent.version import __version__
@@ -113,7 +113,6 @@ def _model(settings: config.Settings) -> Iterator[Finding]:
         return
     size = _size(model.path)
     yield Finding("model", True, f"{name}: {model.path} ({size / 1e6:.0f} MB)")
-    yield _memory(name, model.format)
     yield from _engine(model, settings)
 
 
@@ -124,6 +123,7 @@ def _engine(model: LocalModel, settings: config.Settings) -> Iterator[Finding]:
     except TabwiseError as error:
         yield Finding("engine", False, str(error))
         return
+    yield _memory(model, settings, choice, found)
     threads = f"{settings.engine.threads or psutil.cpu_count(logical=False)} threads"
     if choice.kind is not EngineKind.TRANSFORMERS:
         yield Finding("engine", True, f"{choice.kind.label}, {threads}: {choice.reason}")
@@ -143,21 +143,24 @@ def _engine(model: LocalModel, settings: config.Settings) -> Iterator[Finding]:
     )
 
 
-def _memory(name: str, model_format: str) -> Finding:
-    """Hold the memory plan of the configured model against what is free on the device that will run it."""
-    card = machine.gpu() if model_format == "safetensors" else None  # llama.cpp's usual build is for CPUs
-    free = card.free_bytes if card else psutil.virtual_memory().available
-    asked = planning.Asked(device=(Device.CUDA if card else Device.CPU).value)
+def _memory(model: LocalModel, settings: config.Settings, choice: Choice, found: Found) -> Finding:
+    """Hold the memory plan of the configured model against what is free on the device of the engine that was chosen."""
+    on_gpu = choice.kind is EngineKind.TRANSFORMERS and found.gpu is not None and found.cuda_build
+    free = found.gpu_free_bytes if on_gpu else psutil.virtual_memory().available
     try:
-        plan = planning.plan_for(name, asked, planning.budget(asked)).plan
+        if choice.kind is EngineKind.TRANSFORMERS:
+            device = Device.CUDA if on_gpu else Device.CPU
+            plan = served_plan.in_transformers(model.name, settings.engine, device, free)
+        else:
+            plan = served_plan.in_llamacpp(model.name, settings.engine)
     except TabwiseError as error:
         return Finding("memory", None, f"not planned: {error}")
-    needed = plan.total_bytes - plan.bytes_of("system")  # what is free is free beside the system
-    text = f"{name} needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-    text += f" on {card.name}" if card else ""
+    needed, held = served_plan.needed_bytes(plan), plan.workload.quantisation.value
+    text = f"{model.name} ({held}) needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    text += f" on {found.gpu}" if on_gpu else ""
     if needed <= free:
         return Finding("memory", True, text)
-    return Finding("memory", False, text, f"close programs, or see what would fit: tabwise plan --model {name}")
+    return Finding("memory", False, text, f"close programs, or see what would fit: tabwise plan --model {model.name}")
 
 
 def _remote(settings: config.Settings) -> Iterator[Finding]:

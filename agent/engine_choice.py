@@ -17,14 +17,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from agent import catalog, machine, planning, remote_server
+from agent import catalog, machine, remote_server, served_plan
 from agent.catalog import LocalModel
 from agent.config import EngineSettings, Settings
 from agent.engines.base import Engine
 from agent.errors import EngineError, MemoryFullError, TabwiseError, UnknownModelError
 from agent.memory import Device
 
-_ANY_MEMORY = "1TiB"  # the plan is held against what is free, not against a card's size
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft")
 _CUDA_BUILD = re.compile(r"""^cuda\b[^=\n]*=\s*['"]""", re.MULTILINE)
 
@@ -63,8 +62,8 @@ class Choice:
     reason: str
 
 
-Needs = Callable[[LocalModel, EngineSettings], int | None]
-"""Bytes that a model needs on a GPU, by the memory plan; None where its sizes are not known."""
+Needs = Callable[[LocalModel, EngineSettings, int], int | None]
+"""Bytes that a model needs on a GPU that has so many free, by the memory plan; None where its sizes are not known."""
 
 
 def choose(settings: Settings, model: LocalModel, found: Found, needs: Needs) -> Choice:
@@ -121,7 +120,7 @@ def _against_transformers(settings: Settings, model: LocalModel, found: Found, n
         return f"{found.gpu} is here, but {', '.join(found.missing)} is not installed (make train-deps)"
     if not found.cuda_build:
         return f"{found.gpu} is here, but torch is a build for CPUs"
-    needed = needs(model, settings.engine)
+    needed = needs(model, settings.engine, found.gpu_free_bytes)
     if needed is None:
         return f"the sizes of {model.name} are not known, so nobody knows whether {found.gpu} has room for it"
     if needed > found.gpu_free_bytes:
@@ -148,14 +147,13 @@ def _built_for_cuda() -> bool:
         return False
 
 
-def planned_bytes(model: LocalModel, settings: EngineSettings) -> int | None:
-    """Return what the memory plan says that `model` needs on a GPU, four bits a weight; None where it cannot say."""
-    asked = planning.Asked(context_tokens=settings.context_tokens, device=Device.CUDA.value, memory=_ANY_MEMORY)
+def planned_bytes(model: LocalModel, settings: EngineSettings, free_bytes: int) -> int | None:
+    """Return what `model` needs in transformers on a GPU that has so much free; None where the memory plan cannot say."""
     try:
-        plan = planning.plan_for(model.name, asked, planning.budget(asked)).plan
+        plan = served_plan.in_transformers(model.name, settings, Device.CUDA, free_bytes)
     except TabwiseError:
         return None
-    return plan.total_bytes - plan.bytes_of("system")  # what is free is free beside the system
+    return served_plan.needed_bytes(plan)
 
 
 def model_name(settings: Settings) -> str:

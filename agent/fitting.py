@@ -16,7 +16,11 @@ _DEFAULT_NEEDS = 2048  # tokens: prompts and answers at the default settings nee
 _SHORTER_CONTEXT = 1024
 _SHORTER_ROWS = (384, 256, 128)  # tokens of a training row; with fewer, prompts say little
 _LOWER_RANKS = (8, 4)
-_FEWER_CACHES = (3, 2)  # llama.cpp keeps one for explanations, the rest for places in the code
+_FEWER_CACHES = (
+    3,
+    2,
+)  # llama.cpp keeps one for explanations, the rest for places in the code (engine.completion_slots)
+_LEAST_CACHES = (1,)  # transformers: of a text that is written, and of no other (engine.cache_contexts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,7 @@ def _less_training(training: Training) -> Iterator[Change]:
 
 
 def _caches(workload: Workload) -> Iterator[Change]:
-    for count in _FEWER_CACHES if workload.quantisation is Quantisation.GGUF else (1,):
+    for count in _FEWER_CACHES if workload.quantisation is Quantisation.GGUF else _LEAST_CACHES:
         if count < workload.caches:
             text = f"{count} key-value cache{'s' if count > 1 else ''} (what does not fit into it is read anew)"
             yield Change(text, _with(caches=count))

@@ -88,7 +88,7 @@ class Workload:
     device: Device = Device.CUDA
     context_tokens: int = 4096
     caches: int = 2
-    """Key-value caches of that length: one for each task, or for each slot of llama.cpp."""
+    """Contexts' worth of keys and values: what transformers' caches may take together, or one for each slot of llama.cpp."""
     prefill_tokens: int = 512
     """Prompt tokens that are read in one go."""
     served_rank: int = 16

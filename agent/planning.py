@@ -1,27 +1,26 @@
-"""From what is asked on the command line to a memory plan, and back to text or JSON.
+"""From what is asked on the command line to a memory plan.
 
 Finds the device whose memory counts and the settings that hold where nothing else is said; the numbers are `memory.py`'s,
-the advice is `fitting.py`'s.
+the advice is `fitting.py`'s, and how it is shown is `plan_report.py`'s.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, TypeVar
-
-from rich.table import Table
+from typing import TypeVar
 
 from agent import architecture, catalog, config, fitting, machine, units, weights
 from agent.architecture import Architecture
-from agent.errors import InputError
+from agent.errors import InputError, TabwiseError
 from agent.fitting import Fit
-from agent.memory import GIB, Device, Optimizer, Plan, Quantisation, Training, Workload
+from agent.memory import GIB, Device, Optimizer, Quantisation, Training, Workload
 
 E = TypeVar("E", bound=StrEnum)
 
 AUTO = "auto"
 _MOST_RANK = 256  # as for adapters
 _MOST_PAIRS = 1024  # in one pass; whoever means more has mistyped
+_MOST_TOKENS = 1 << 24  # of a context, where the model does not say how many it has: no model has more
 _PREFERRED = {
     Device.CUDA: (Quantisation.BF16, Quantisation.NF4),
     Device.CPU: (Quantisation.FP32, Quantisation.BF16),
@@ -46,6 +45,14 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """A model for which what is asked cannot be planned."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
     """The memory that a plan is held against."""
 
@@ -66,7 +73,7 @@ def budget(asked: Asked) -> Budget:
     if device is not Device.CPU:
         card = machine.gpu()
         if card is not None:
-            return Budget(card.total_bytes, Device.CUDA, f"{card.name}, {_gib(card.free_bytes)} of it free now")
+            return Budget(card.total_bytes, Device.CUDA, f"{card.name}, {card.free_bytes / GIB:.1f} GiB of it free now")
         if device is Device.CUDA:
             raise InputError(
                 "--device is cuda, and no NVIDIA GPU is here; give the memory of the one you mean by --memory"
@@ -87,13 +94,21 @@ def plan_for(name: str, asked: Asked, held: Budget) -> Fit:
     return fitting.fit(subject, workload, held.bytes, smaller_than(subject, workload.quantisation))
 
 
-def plan_all(asked: Asked, held: Budget) -> Iterator[Fit]:
-    """Plan for each model of the catalogue, with as much context as it has."""
+def plan_all(asked: Asked, held: Budget) -> Iterator[Fit | Refusal]:
+    """Plan for each model of the catalogue, with as much context as it has, or say why one cannot be planned for.
+
+    Raises:
+        InputError: Something was asked for that cannot be for any model.
+    """
+    _check(asked)
     for name, entry in catalog.entries().items():
         within = asked
         if asked.context_tokens is not None:
             within = replace(asked, context_tokens=min(asked.context_tokens, entry.context_tokens))
-        yield plan_for(name, within, held)
+        try:
+            yield plan_for(name, within, held)
+        except TabwiseError as error:
+            yield Refusal(name, str(error))
 
 
 def workload_for(subject: Architecture, asked: Asked, held: Budget) -> Workload:
@@ -102,16 +117,18 @@ def workload_for(subject: Architecture, asked: Asked, held: Budget) -> Workload:
     Raises:
         InputError: Something that was asked for cannot be.
     """
+    _check(asked)
     settings = config.load().engine
     workload = Workload(
         device=held.device,
         context_tokens=_context(subject, asked, settings.context_tokens),
+        caches=settings.cache_contexts,
         served_rank=asked.rank,
         training=_training(subject, asked, held.device) if asked.train else None,
     )
     choices: Sequence[Quantisation] = _PREFERRED[held.device]
     if asked.quantisation != AUTO:
-        choices = (_one_of(Quantisation, asked.quantisation, "--quantisation"),)
+        choices = (Quantisation(asked.quantisation),)
     elif subject.format == "gguf" and not asked.train:
         choices = (Quantisation.GGUF,)
     elif settings.quantisation != AUTO:
@@ -139,115 +156,42 @@ def smaller_than(subject: Architecture, quantisation: Quantisation) -> list[Arch
     return [architecture.of(name) for _, _, name in sorted(found)]
 
 
-def as_dict(found: Fit, held: Budget) -> dict[str, Any]:
-    """Return a plan for JSON."""
-    return {
-        "model": found.model,
-        "memory_bytes": held.bytes,
-        "memory_source": held.source,
-        "device": held.device.value,
-        "fits": found.fits,
-        "free_bytes": held.bytes - found.plan.total_bytes,
-        **_plan_dict(found.plan),
-        "changes": list(found.changes),
-        "changed": _plan_dict(found.changed) if found.changed else None,
-    }
+def _check(asked: Asked) -> None:
+    """Refuse what cannot be for any model.
 
-
-def _plan_dict(plan: Plan) -> dict[str, Any]:
-    workload, training, peaks = plan.workload, plan.workload.training, plan.peaks
-    fields: dict[str, Any] = {
-        "parameters": plan.parameters,
-        "quantisation": workload.quantisation.value,
-        "context_tokens": workload.context_tokens,
-        "base_bytes": plan.base_bytes,
-        "base_gib": round(plan.base_bytes / GIB, 2),
-        "total_bytes": plan.total_bytes,
-        "total_gib": round(plan.total_bytes / GIB, 2),
-        "kv_bytes_per_token": plan.kv_bytes_per_token,
-        "parts": [{"name": part.name, "bytes": part.bytes, "note": part.note} for part in plan.parts],
-        "training": None,
-    }
-    if training and peaks:
-        fields["training"] = {
-            "pairs": training.pairs,
-            "row_tokens": training.row_tokens,
-            "scored_tokens": training.scored_tokens,
-            "rank": training.rank,
-            "checkpointing": training.checkpointing,
-            "optimizer": training.optimizer.value,
-            "activations_bytes_with_checkpointing": peaks.kept_with_checkpointing,
-            "activations_bytes_without_checkpointing": peaks.kept_without_checkpointing,
-            "one_block_bytes": peaks.one_block,
-            "logits_bytes": peaks.logits,
-        }
-    return fields
-
-
-def table(found: Fit) -> Table:
-    """Return a plan's parts as lines."""
-    drawn = Table(box=None, show_header=False)
-    drawn.add_column()
-    drawn.add_column(justify="right")
-    drawn.add_column(overflow="fold")
-    for part in found.plan.parts:
-        drawn.add_row(part.name, _mib(part.bytes), part.note)
-    peaks, training = found.plan.peaks, found.plan.workload.training
-    drawn.add_row("total", _mib(found.plan.total_bytes), f"base {_gib(found.plan.base_bytes)}")
-    if peaks and training:
-        other = peaks.kept_without_checkpointing if training.checkpointing else peaks.kept_with_checkpointing
-        drawn.add_row(
-            "", "", f"activations {'without' if training.checkpointing else 'with'} checkpointing: {_mib(other)}"
-        )
-    return drawn
-
-
-def verdict(found: Fit, held: Budget) -> str:
-    """Return in one line whether a plan fits, and what would make it fit."""
-    of = f"{_gib(held.bytes)} ({held.source})"
-    total = _gib(found.plan.total_bytes)
-    if found.fits:
-        return f"fits: {total} of {of}"
-    if found.changed is None:
-        return f"does not fit: {total} of {of}, and no change that is known makes it fit"
-    return f"does not fit: {total} of {of}; it would with {', '.join(found.changes)}: {_gib(found.changed.total_bytes)}"
-
-
-def overview(fits: Sequence[Fit]) -> Table:
-    """Return one line for each model."""
-    drawn = Table(box=None)
-    for heading in ("model", "weights", "held as", "base", "total"):
-        drawn.add_column(heading, justify="right" if heading in ("weights", "base", "total") else "left", no_wrap=True)
-    drawn.add_column("fits", overflow="fold")
-    for each in fits:
-        counted, held = f"{each.plan.parameters / 1e9:.2f} G", each.plan.workload.quantisation.value
-        answer = "yes" if each.fits else f"with {', '.join(each.changes)}" if each.changed else "no"
-        drawn.add_row(each.model, counted, held, _gib(each.plan.base_bytes), _gib(each.plan.total_bytes), answer)
-    return drawn
+    Raises:
+        InputError: There is such a thing.
+    """
+    for what, value, least, most in (
+        ("--context", asked.context_tokens, 1, _MOST_TOKENS),
+        ("--rank", asked.rank, 1 if asked.train else 0, _MOST_RANK),
+        ("--pairs", asked.pairs, 1, _MOST_PAIRS),
+        ("--row-tokens", asked.row_tokens, 1, _MOST_TOKENS),
+    ):
+        if value is not None and not least <= value <= most:
+            raise InputError(f"{what} is {value}, it must be from {least} to {most}; give another")
+    if asked.quantisation != AUTO:
+        _one_of(Quantisation, asked.quantisation, "--quantisation")
+    if asked.optimizer != AUTO:
+        _one_of(Optimizer, asked.optimizer, "--optimizer")
 
 
 def _context(subject: Architecture, asked: Asked, usual: int) -> int:
     most = subject.context_tokens
     if asked.context_tokens is None:
         return min(usual, most) if most else usual
-    if asked.context_tokens < 1 or (most and asked.context_tokens > most):
-        has = f"{subject.name} has {most}" if most else "1 is the least"
-        raise InputError(f"--context is {asked.context_tokens}, but {has}; give another")
+    if most and asked.context_tokens > most:
+        raise InputError(f"--context is {asked.context_tokens}, but {subject.name} has {most}; give another")
     return asked.context_tokens
 
 
 def _training(subject: Architecture, asked: Asked, device: Device) -> Training:
-    most = subject.context_tokens or asked.row_tokens
-    for what, value, largest in (
-        ("--rank", asked.rank, _MOST_RANK),
-        ("--pairs", asked.pairs, _MOST_PAIRS),
-        ("--row-tokens", asked.row_tokens, most),
-    ):
-        if not 1 <= value <= largest:
-            raise InputError(f"{what} is {value}, it must be from 1 to {largest}; give another")
+    most = subject.context_tokens
+    if most and asked.row_tokens > most:
+        raise InputError(f"--row-tokens is {asked.row_tokens}, but {subject.name} has {most}; give another")
     optimizer = Optimizer.ADAM_8BIT if device is Device.CUDA else Optimizer.ADAM
     if asked.optimizer != AUTO:
-        optimizer = _one_of(Optimizer, asked.optimizer, "--optimizer")
+        optimizer = Optimizer(asked.optimizer)
     return Training(
         pairs=asked.pairs,
         row_tokens=asked.row_tokens,
@@ -262,11 +206,3 @@ def _one_of(kind: type[E], value: str, option: str) -> E:
         return kind(value)
     except ValueError:
         raise InputError(f"{option} is {value!r:.40}; give one of {', '.join([AUTO, *kind])}") from None
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / GIB:.1f} GiB"
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / (1 << 20):,.0f} MiB"

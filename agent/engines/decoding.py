@@ -105,6 +105,11 @@ class DecodeLoop:
         """Most tokens of prompt and answer together, as of now; from any thread."""
         return self._headroom.context_tokens
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens that are read in one pass, as of now; from any thread."""
+        return self._headroom.chunk_tokens
+
     def held(self, prompt_ids: Sequence[int], adapter: str | None = None) -> int:
         """Return how many tokens at the beginning of a completion's prompt are computed, with this adapter; from any thread."""
         return self._shelf.held(prompt_ids, adapter)
@@ -247,6 +252,7 @@ class DecodeLoop:
             chunk = self._headroom.chunk_tokens
             last = missing <= max(chunk, keep)
             end = len(ids) if last else min(len(cache) + chunk, len(ids) - keep)
+            self._shelf.make_way(end, cache)
             choices = self._try(text, ids[len(cache) : end], keep if last else 0)
             if choices is None:
                 self._headroom.make_room(cache, len(ids))

@@ -4,6 +4,8 @@ Each place in the code has a cache of its own, as `slots.py` chooses; explanatio
 prompt's beginning is copied from there, which costs microseconds, where reading costs milliseconds a token. A cache
 belongs to an adapter: another adapter's keys and values are other numbers.
 
+Together they take no more than so many contexts' worth: before one grows, those that were used longest ago are given up.
+
 Built on transformers' cache classes. Its own layers append by concatenation, which copies a whole prompt's keys with
 each token; these have room at their end instead, and cropping moves no memory. Knows tokens and tensors, no text.
 
@@ -25,6 +27,11 @@ from agent.errors import UnknownModelError
 
 _ROOM_TOKENS = 256
 """Room is made in multiples of this: a completion fits in the first one that is made for its prompt."""
+
+
+def room_for(n_tokens: int) -> int:
+    """Return for how many tokens room is made where there are so many."""
+    return -(-n_tokens // _ROOM_TOKENS) * _ROOM_TOKENS
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the base's own way of being subclassed
@@ -77,12 +84,17 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the base's o
 
     @staticmethod
     def _roomier(new: torch.Tensor, old: torch.Tensor | None, used: int, needed: int) -> torch.Tensor:
-        size = -(-needed // _ROOM_TOKENS) * _ROOM_TOKENS
+        size = room_for(needed)
         # Zeros: a recorded step attends to the whole room, and what the mask hides counts nothing only if it is a number.
         room = new.new_zeros((*new.shape[:2], size, new.shape[-1]))
         if used and old is not None:
             room[:, :, :used] = old[:, :, :used]
         return room
+
+    @property
+    def room_tokens(self) -> int:
+        """Tokens for which there is room."""
+        return self._rooms[0].shape[-2] if self._rooms else 0
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +112,8 @@ class PrefixCache:
         self.adapter: str | None = None
         self.in_use = False
         """Whether a stream is open that reads into it."""
+        self.used = 0
+        """At which turn of its shelf it was used last."""
         self.recordings: dict[str | None, Recording] = {}
         """Steps that were recorded on what is here now, by adapter."""
         self._rooms: list[RoomyLayer] = []
@@ -159,9 +173,7 @@ class PrefixCache:
         The last layer tells for all: what is no number in one makes none in the next.
         """
         last = self._rooms[-1]
-        return any(
-            bool(part[:, :, start:].isnan().any()) for part in (last.keys, last.values) if part is not None
-        )
+        return any(bool(part[:, :, start:].isnan().any()) for part in (last.keys, last.values) if part is not None)
 
     def give_up(self) -> None:
         """Hold nothing, and free the memory; also what a pass that failed half-way has left."""
@@ -169,6 +181,11 @@ class PrefixCache:
         self.recordings.clear()
         self._rooms = [RoomyLayer() for _ in range(self._n_layers)]
         self.layers = Cache(layers=[*self._rooms])
+
+    @property
+    def room_tokens(self) -> int:
+        """Tokens for which there is room: what its memory is proportional to."""
+        return max(layer.room_tokens for layer in self._rooms)
 
     @property
     def nbytes(self) -> int:
@@ -179,16 +196,25 @@ class PrefixCache:
 class Shelf:
     """All caches of an engine."""
 
-    def __init__(self, n_layers: int, completion_slots: int) -> None:
-        """Make empty caches: one for each place in the code, and one for explanations."""
+    def __init__(self, n_layers: int, completion_slots: int, most_tokens: int) -> None:
+        """Make empty caches: one for each place in the code, and one for explanations.
+
+        Args:
+            n_layers: Of the model.
+            completion_slots: Places in the code.
+            most_tokens: Room that all caches have together. A single text that needs more gets it, alone.
+        """
         self._n_layers = n_layers
+        self._most_tokens = most_tokens
+        self._turns = 0
+        self._lent: list[PrefixCache] = []  # in use by a stream whose place was given another cache
         self._completions = [PrefixCache(n_layers) for _ in range(completion_slots)]
         self._explanation = PrefixCache(n_layers)
         self._slots = Slots(completion_slots)
 
     def another(self) -> "Shelf":
         """Return an empty shelf for the same model."""
-        return Shelf(self._n_layers, len(self._completions))
+        return Shelf(self._n_layers, len(self._completions), self._most_tokens)
 
     def take(self, request: GenerationRequest, prompt: list[int]) -> tuple[PrefixCache, list[int]]:
         """Return the cache for a request, holding of its prompt what can be had without computing.
@@ -217,14 +243,42 @@ class Shelf:
         shares = [each.shared(prompt, request.adapter) for each in self._all()]
         richest = self._all()[shares.index(max(shares))]
         tail = richest.ids[len(prompt) :] if max(shares) == len(prompt) else []
-        if max(shares) > cache.shared(prompt, request.adapter):
+        if max(shares) > cache.shared(prompt, request.adapter) and self.make_way(max(shares), cache, richest):
             self._copy(cache, richest, max(shares))
         cache.keep(prompt, request.adapter)
         return tail
 
     def _free(self, cache: PrefixCache) -> PrefixCache:
         # Two streams in one cache would take turns at reading what the other crops. The one that was there keeps it.
-        return PrefixCache(self._n_layers) if cache.in_use else cache
+        self._lent = [each for each in self._lent if each.in_use]
+        if not cache.in_use:
+            return cache
+        self._lent.append(cache)
+        return PrefixCache(self._n_layers)
+
+    def make_way(self, needed_tokens: int, growing: PrefixCache, *kept: PrefixCache) -> bool:
+        """Give up what was used longest ago until one cache can have room for so many tokens; tell whether it can.
+
+        Caches of open streams go last: their texts are read again with the next pass.
+
+        Args:
+            needed_tokens: Tokens that are going to be in it.
+            growing: The cache.
+            kept: Others that must stay.
+        """
+        self._turns += 1
+        for each in (*kept, growing):
+            each.used = self._turns
+        grown = max(room_for(needed_tokens), growing.room_tokens) - growing.room_tokens
+        doomed = [each for each in self._all() if each.room_tokens and each is not growing and each not in kept]
+        for each in sorted(doomed, key=lambda each: (each.in_use, each.used)):
+            if self._room_tokens() + grown <= self._most_tokens:
+                break
+            each.give_up()
+        return self._room_tokens() + grown <= self._most_tokens
+
+    def _room_tokens(self) -> int:
+        return sum(each.room_tokens for each in self._all())
 
     def _copy(self, cache: PrefixCache, richest: PrefixCache, count: int) -> None:
         try:
@@ -267,7 +321,7 @@ class Shelf:
         return sum(each.nbytes for each in self._all())
 
     def _all(self) -> list[PrefixCache]:
-        return [*self._completions, self._explanation]
+        return [*self._completions, self._explanation, *self._lent]
 
 
 def n_cached_layers(config: PretrainedConfig, name: str) -> int:

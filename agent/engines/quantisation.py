@@ -39,7 +39,7 @@ class Device:
 Needs = Callable[[Quantisation], int]
 """Bytes that a model needs on its device when it is held so."""
 
-_PREFERRED = {
+PREFERRED = {
     "cuda": (Quantisation.BF16, Quantisation.NF4),
     # Without the AVX-512 kinds of instructions, bfloat16 decodes seven times slower than float32 on a CPU (measured
     # with the 0.5B on AVX2), and four bits twenty times: there the slow one is for models that fit in no other way.
@@ -51,8 +51,12 @@ _LINEAR_BYTES = {Quantisation.NF4: 0.516, Quantisation.INT8: 1.003, Quantisation
 """A weight of a linear layer, its share of the constants included (calculated: NF4 0.5 + 1/64 + 4/(64 · 256) bytes)."""
 _OTHER_BYTES = {Quantisation.NF4: 2.0, Quantisation.INT8: 2.0, Quantisation.BF16: 2.0, Quantisation.FP32: 4.0}
 """Any other weight: embeddings, the head, norms."""
-_HEADROOM_BYTES = {"cuda": 1 << 30, "cpu": 1 << 29}
+HEADROOM_BYTES = {"cuda": 1 << 30, "cpu": 1 << 29}
 """For what comes on top: kernels and their workspace on a GPU, and keys, values and activations on both."""
+
+CHUNK_TOKENS = {"cuda": 512, "cpu": 64}
+"""Prompt tokens in one pass. A cancel waits for one: a third of a second on two cores with the 0.5B (measured), and a GPU is
+left idle by small ones (not measured)."""
 
 
 def choose(wanted: str, device: Device, needs: Needs) -> Quantisation:
@@ -68,10 +72,10 @@ def choose(wanted: str, device: Device, needs: Needs) -> Quantisation:
     """
     if wanted != "auto":
         return Quantisation(wanted)
-    for quantisation in _PREFERRED[device.kind]:
+    for quantisation in PREFERRED[device.kind]:
         if needs(quantisation) <= device.free_bytes:
             return quantisation
-    least = min(needs(quantisation) for quantisation in _PREFERRED[device.kind])
+    least = min(needs(quantisation) for quantisation in PREFERRED[device.kind])
     raise MemoryFullError(
         f"the model needs {least / 2**30:.1f} GiB at least, {device.free_bytes / 2**30:.1f} GiB are free; "
         "close other programs or choose a smaller model in model.name"
@@ -88,7 +92,7 @@ def needs_of(folder: Path, kind: str) -> Needs:
 
     def needs(quantisation: Quantisation) -> int:
         weights = linear * _LINEAR_BYTES[quantisation] + other * _OTHER_BYTES[quantisation]
-        return int(weights) + _HEADROOM_BYTES[kind]
+        return int(weights) + HEADROOM_BYTES[kind]
 
     return needs
 

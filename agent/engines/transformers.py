@@ -20,7 +20,7 @@ from agent.catalog import LocalModel
 from agent.config import EngineSettings
 from agent.engines.base import Adapter, Event, GenerationRequest, Token
 from agent.engines.offline import stay_offline
-from agent.engines.quantisation import Needs, Quantisation
+from agent.engines.quantisation import CHUNK_TOKENS, Needs, Quantisation
 from agent.engines.worker import Worker
 from agent.errors import AdapterError, EngineError
 from agent.types import Chat
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-_CHUNK_TOKENS = {"cuda": 512, "cpu": 64}
-"""Prompt tokens in one pass. A cancel waits for one: a third of a second on two cores with the 0.5B (measured), and a GPU is
-left idle by small ones (not measured)."""
 
 
 class TransformersEngine:
@@ -83,6 +79,11 @@ class TransformersEngine:
     def context_tokens(self) -> int:
         """Most tokens of prompt and answer together; shrinks for a while where the memory turns out to be too small."""
         return self._loop.context_tokens
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens in one pass; shrinks where the memory turns out to be too small."""
+        return self._loop.chunk_tokens
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
         """Return the tokens of `text`."""
@@ -223,7 +224,7 @@ def _load(
 
         from agent.engines import loading
         from agent.engines.decoding import DecodeLoop
-        from agent.engines.kv_cache import Shelf, n_cached_layers
+        from agent.engines.kv_cache import Shelf, n_cached_layers, room_for
         from agent.engines.twin import twin_of
     except ImportError as error:
         raise EngineError(
@@ -235,13 +236,15 @@ def _load(
     tree = loading.load(model, settings.quantisation, needs)
     facts: Any = tree.module.config
     longest = getattr(facts.get_text_config(decoder=True), "max_position_embeddings", settings.context_tokens)
+    context_tokens = min(settings.context_tokens, longest)
+    most_tokens = settings.cache_contexts * room_for(context_tokens)
     loop = DecodeLoop(
         tree.module,
         tree.vocabulary,
-        Shelf(n_cached_layers(facts, model.name), settings.completion_slots),
+        Shelf(n_cached_layers(facts, model.name), settings.completion_slots, most_tokens),
         tree.device,
-        context_tokens=min(settings.context_tokens, longest),
-        chunk_tokens=settings.batch_tokens or _CHUNK_TOKENS[tree.device.type],
+        context_tokens=context_tokens,
+        chunk_tokens=settings.batch_tokens or CHUNK_TOKENS[tree.device.type],
         drafts=drafts,
     )
     # Made now, while the tree is as it was loaded: adapters will wrap it.

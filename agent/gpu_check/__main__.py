@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from agent import machine, memory, units
+from agent import catalog, machine, memory, units
 from agent.errors import TabwiseError
 from agent.gpu_check.rows import Job, Row, failed, left_out, run
 from agent.memory import GIB, MIB
@@ -45,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     if asked.device == "cpu" and not asked.tiny:
         return _complain("--device is cpu, on which a 7B in four bits takes hours; add --tiny")
+    try:
+        catalog.entry(asked.model)
+    except TabwiseError as error:
+        return _complain(f"--model: {error}")
     try:
         import torch
     except ImportError:

@@ -135,7 +135,7 @@ async def full_memory(subject: Subject) -> Sequence[Row]:
     short = subject.request(24, 2)
     wanted = [event.ids for event in await drained(engine, short) if isinstance(event, Decoded)]
     n_long = subject.extent.context_tokens - 8
-    told, shrunk = "served with smaller pieces", engine.context_tokens
+    told, shrunk, chunk = "served with smaller pieces", engine.context_tokens, engine.chunk_tokens
     with _pressure(subject, await engine.with_model(lambda module: module)):
         try:
             await drained(engine, subject.request(n_long, 1))
@@ -145,6 +145,8 @@ async def full_memory(subject: Subject) -> Sequence[Row]:
             hold(shrunk < n_long, "the context did not shrink")
         else:
             hold(subject.device.type == "cuda", "a pass that was too large went through")
+            # Served in pieces as large as ever, it found memory enough, and nothing was checked.
+            hold(engine.chunk_tokens < chunk, f"memory never ran short: {n_long} tokens were read {chunk} at a time")
     again = [event.ids for event in await drained(engine, short) if isinstance(event, Decoded)]
     hold(again == wanted, "after it, the same request has another answer")
     how = "memory nearly full" if subject.device.type == "cuda" else "simulated on a CPU"

@@ -15,7 +15,7 @@ from agent.catalog import Dimensions
 from agent.config import EngineSettings
 from agent.engines.base import GenerationRequest
 from agent.engines.decoding import DecodeLoop
-from agent.engines.kv_cache import Shelf, n_cached_layers
+from agent.engines.kv_cache import Shelf, n_cached_layers, room_for
 from agent.engines.loading import LoadedTree
 from agent.engines.random_model import random_tree
 from agent.engines.transformers import TransformersEngine
@@ -156,7 +156,7 @@ def _loop_of(tree: LoadedTree, extent: Extent) -> DecodeLoop:
     return DecodeLoop(
         tree.module,
         tree.vocabulary,
-        Shelf(n_cached_layers(module.config, "the model"), _SLOTS),
+        Shelf(n_cached_layers(module.config, "the model"), _SLOTS, (_SLOTS + 1) * room_for(extent.context_tokens)),
         tree.device,
         context_tokens=extent.context_tokens,
         chunk_tokens=_CHUNK_TOKENS[tree.device.type],

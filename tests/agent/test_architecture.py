@@ -68,6 +68,13 @@ def test_what_is_left_out_has_a_usual_value() -> None:
     assert found.context_tokens == 0
 
 
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", False), ("gemma", True)])
+def test_a_shared_embedding_that_is_null_is_the_familys(family: str, tied: bool) -> None:
+    config = QWEN | {"model_type": family, "quantization_config": None}
+    assert architecture.of_config("mine", config | {"tie_word_embeddings": None}).dimensions.tied is tied
+    assert architecture.of_config("mine", config | {"tie_word_embeddings": not tied}).dimensions.tied is not tied
+
+
 def test_the_heads_width_may_be_given() -> None:
     assert architecture.of_config("mine", QWEN | {"head_dim": 256}).dimensions.head_dim == 256
 
@@ -88,6 +95,13 @@ def test_a_model_that_sees_has_a_language_part(tmp_path: Path) -> None:
         ({"vocab_size": 1 << 40}, "vocab_size is 1099511627776"),
         ({"num_key_value_heads": 5}, "28 heads and 5 for keys and values"),
         ({"num_experts": 8}, "mixture of experts"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"packed already \('awq'\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"packed already \('gptq'\)"),
+        ({"quantization_config": [4]}, "packed already"),
+        ({"model_type": "mamba"}, "family 'mamba', which the planner does not know; it knows codegen, cohere"),
+        ({"model_type": "t5"}, "family 't5'"),
+        ({"model_type": None}, "family 'None'"),
+        ({"model_type": "m" * 1000}, "family 'mmmm"),
     ],
 )
 def test_what_is_not_understood_is_named(change: dict[str, Any], told: str) -> None:
@@ -165,6 +179,12 @@ def test_an_mlp_without_a_gate() -> None:
 def test_headers_that_are_not_understood(change: dict[str, Any], told: str) -> None:
     with pytest.raises(UnknownModelError, match=told):
         architecture.of_header("mine", header(**change), 1)
+
+
+def test_a_header_of_another_kind() -> None:
+    metadata = {key.replace("qwen2", "t5"): value for key, value in header().metadata.items()}
+    with pytest.raises(UnknownModelError, match="family 't5'"):
+        architecture.of_header("mine", GgufHeader("t5", 0, frozenset(), metadata), 1)
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """What the doctor says of the engine."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from agent import doctor, engine_choice
@@ -9,6 +12,7 @@ from agent.catalog import LocalModel
 from agent.config import EngineSettings, Settings
 from agent.doctor import Finding
 from agent.engine_choice import Found
+from tests.conftest import World
 
 FOLDER = LocalModel("mine", Path("mine"), "safetensors", None, 0, "")
 
@@ -34,6 +38,32 @@ def test_a_folder_runs_in_transformers_and_figures_are_told_apart(monkeypatch: p
         assert f"torch 1.2.3 on {where}" in found["engine"].text
         assert figures in found["figures"].text
         assert "quantisation" not in found
+
+
+def test_memory_is_that_of_the_engine_that_was_chosen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ram = SimpleNamespace(available=9 << 30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: ram)
+    seven = LocalModel("qwen2.5-coder-7b-gguf", Path("m.gguf"), "gguf", None, 0, "")
+    folder = LocalModel("qwen2.5-coder-7b", Path("m"), "safetensors", None, 0, "")
+    card = Found("a card", 11 << 30, (), cuda_build=True)
+
+    def memory(model: LocalModel, found: Found, **engine: object) -> Finding:
+        monkeypatch.setattr(engine_choice, "look", lambda: found)
+        return findings(model, **engine)["memory"]
+
+    for model in (seven, folder):
+        told = memory(model, card)
+        assert told.ok
+        assert "(nf4) needs about 6.6 GiB, 11.0 GiB are free on a card" in told.text
+    # The card counts for nothing where llama.cpp, or torch without CUDA, uses the machine's memory.
+    told = memory(seven, card, kind="llamacpp")
+    assert told.ok
+    assert "(gguf) needs about 6.1 GiB, 9.0 GiB are free" in told.text
+    assert "a card" not in told.text
+    told = memory(folder, replace(card, cuda_build=False))
+    assert told.ok is False
+    assert "(bf16) needs about" in told.text
+    assert told.text.endswith("9.0 GiB are free")
 
 
 def test_four_bits_on_a_cpu_are_said_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:

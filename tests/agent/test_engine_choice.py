@@ -1,17 +1,20 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from agent import config, engine_choice
+from agent import catalog, config, engine_choice, memory
 from agent.catalog import LocalModel
 from agent.config import EngineSettings, RemoteSettings, Settings
 from agent.engine_choice import Choice, EngineKind, EngineLoader, Found
 from agent.engines.base import Engine
 from agent.errors import ConfigError, EngineError, MemoryFullError, RemoteError, UnknownModelError
+from agent.memory import Quantisation, Workload
+from tests.conftest import World
 from tests.fakes import FakeEngine
 
 GGUF = LocalModel("starter", Path("/m.gguf"), "gguf", "qwen", 32768, "")
@@ -62,6 +65,47 @@ def test_what_is_asked_for_is_taken() -> None:
     assert chosen("transformers", GGUF, LIBRARIES).kind is EngineKind.TRANSFORMERS
     with pytest.raises(EngineError, match="torch, peft"):
         chosen("transformers", GGUF, Found("X", 1, ("torch", "peft")))
+
+
+SEVEN_GGUF = LocalModel("qwen2.5-coder-7b-gguf", Path("/m.gguf"), "gguf", "qwen", 32768, "")
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "settings", "planned"),
+    [
+        (24, {}, Workload(Quantisation.BF16)),
+        (11, {}, Workload(Quantisation.NF4)),  # since sixteen bits do not fit
+        (4, {}, Workload(Quantisation.NF4)),  # the least, so that one can say how much is missing
+        (11, {"quantisation": "bf16"}, Workload(Quantisation.BF16)),
+        (24, {"quantisation": "nf4"}, Workload(Quantisation.NF4)),
+        (24, {"quantisation": "int8"}, Workload(Quantisation.INT8)),
+        (11, {"context_tokens": 131_072}, Workload(context_tokens=32_768)),  # all that the model has
+        (11, {"cache_contexts": 7, "batch_tokens": 64}, Workload(caches=7, prefill_tokens=64)),
+    ],
+)
+@pytest.mark.parametrize("model", [FOLDER, SEVEN_GGUF])
+def test_the_plan_is_that_of_what_transformers_would_do(
+    world: World, model: LocalModel, free_gib: int, settings: dict[str, Any], planned: Workload
+) -> None:
+    needed = engine_choice.planned_bytes(model, EngineSettings.model_validate(settings), free_gib << 30)
+    assert needed == memory.plan(catalog.entry(FOLDER.name).dimensions, planned).total_bytes
+
+
+@pytest.mark.parametrize("model", [FOLDER, SEVEN_GGUF])
+def test_auto_takes_a_7b_to_a_card_with_11_gib_free(world: World, model: LocalModel) -> None:
+    card = Found("NVIDIA X", 11 << 30, (), cuda_build=True)
+    choice = engine_choice.choose(Settings(), model, card, engine_choice.planned_bytes)
+    assert choice.kind is EngineKind.TRANSFORMERS
+    if model is SEVEN_GGUF:
+        choice = engine_choice.choose(
+            Settings(), model, replace(card, gpu_free_bytes=6 << 30), engine_choice.planned_bytes
+        )
+        assert choice.kind is EngineKind.LLAMACPP
+        assert "GiB, 6.0 GiB of NVIDIA X are free" in choice.reason
+
+
+def test_of_a_model_that_is_not_understood_nothing_is_planned(world: World) -> None:
+    assert engine_choice.planned_bytes(replace(FOLDER, name="/nonesuch"), EngineSettings(), 1 << 40) is None
 
 
 def test_a_remote_server_is_only_ever_chosen_by_name() -> None:

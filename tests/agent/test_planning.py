@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from agent import architecture, machine, planning, units
+from agent import architecture, catalog, machine, planning, units
 from agent.errors import InputError
 from agent.machine import Gpu
 from agent.memory import GIB, Device, Quantisation
-from agent.planning import Asked, Budget
+from agent.planning import Asked, Budget, Refusal
 from tests.agent.test_architecture import QWEN
 from tests.conftest import World
 
@@ -100,11 +100,14 @@ def test_a_gguf_file_is_served_as_it_is(world: World) -> None:
     ("name", "asked", "told"),
     [
         ("qwen2.5-coder-7b", Asked(context_tokens=40_000), "--context is 40000, but qwen2.5-coder-7b has 32768"),
-        ("qwen2.5-coder-7b", Asked(context_tokens=0), "--context is 0"),
+        ("qwen2.5-coder-7b", Asked(context_tokens=0), "--context is 0, it must be from 1 to 16777216"),
+        ("qwen2.5-coder-7b", Asked(context_tokens=-1), "--context is -1, it must be from 1 to 16777216"),
+        ("qwen2.5-coder-7b", Asked(rank=-1), "--rank is -1, it must be from 0 to 256"),
+        ("starter", Asked(rank=10**30), "--rank is 10{30}, it must be from 0 to 256"),
         ("qwen2.5-coder-7b", Asked(train=True, rank=0), "--rank is 0"),
         ("qwen2.5-coder-7b", Asked(train=True, rank=1000), "--rank is 1000"),
         ("qwen2.5-coder-7b", Asked(train=True, pairs=-1), "--pairs is -1"),
-        ("phi-2", Asked(train=True, row_tokens=4096), "--row-tokens is 4096, it must be from 1 to 2048"),
+        ("phi-2", Asked(train=True, row_tokens=4096), "--row-tokens is 4096, but phi-2 has 2048"),
         ("qwen2.5-coder-7b", Asked(quantisation="q4"), "--quantisation is 'q4'; give one of auto, nf4"),
         ("qwen2.5-coder-7b", Asked(quantisation="gguf"), "qwen2.5-coder-7b is no GGUF file"),
         ("starter", Asked(quantisation="gguf", train=True), "training takes nf4"),
@@ -117,6 +120,45 @@ def test_what_cannot_be_is_named(world: World, name: str, asked: Asked, told: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("asked", [Asked(context_tokens=1 << 25), Asked(train=True, row_tokens=10**20)])
+def test_where_a_folder_names_no_context_there_is_a_limit(world: World, tmp_path: Path, asked: Asked) -> None:
+    config = {key: value for key, value in QWEN.items() if key != "max_position_embeddings"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="it must be from 1 to 16777216"):
+        planning.plan_for(str(tmp_path), asked, CARD)
+    assert planning.plan_for(str(tmp_path), Asked(context_tokens=1 << 20), CARD).plan.total_bytes > 100 * GIB
+
+
+def test_a_bare_model_may_be_planned(world: World) -> None:
+    found = planning.plan_for("qwen2.5-coder-7b", Asked(rank=0), CARD).plan
+    assert found.bytes_of("served adapter") == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "cannot", "told"),
+    [
+        (Asked(train=True, row_tokens=5000), {"phi-2"}, "--row-tokens is 5000, but phi-2 has 2048; give another"),
+        (Asked(quantisation="gguf"), {"phi-2", "mistral-7b"}, "--quantisation is gguf, but phi-2 is no GGUF file"),
+    ],
+)
+def test_models_that_cannot_have_a_row_that_says_so(world: World, asked: Asked, cannot: set[str], told: str) -> None:
+    rows = {each.model: each for each in planning.plan_all(asked, CARD)}
+    assert list(rows) == list(catalog.entries())
+    refused = {name for name, row in rows.items() if isinstance(row, Refusal)}
+    assert cannot <= refused < set(rows)
+    phi = rows["phi-2"]
+    assert isinstance(phi, Refusal)
+    assert told in phi.reason
+
+
+@pytest.mark.parametrize(
+    "asked", [Asked(context_tokens=-1), Asked(rank=-5), Asked(quantisation="q4"), Asked(train=True, pairs=0)]
+)
+def test_what_no_model_can_is_refused_at_once(world: World, asked: Asked) -> None:
+    with pytest.raises(InputError):
+        list(planning.plan_all(asked, CARD))
+
+
 def test_settings_hold_where_nothing_is_said(world: World) -> None:
     world.config.write_text('[engine]\ncontext_tokens = 8192\ncompletion_slots = 2\nquantisation = "int8"\n')
     assert planning.plan_for("qwen2.5-coder-7b", Asked(), CARD).plan.workload.context_tokens == 8192
@@ -124,6 +166,10 @@ def test_settings_hold_where_nothing_is_said(world: World) -> None:
     assert planning.plan_for("starter", Asked(), RAM).plan.workload.caches == 3
     for name, kind in (("phi-2", Quantisation.INT8), ("starter", Quantisation.GGUF)):
         assert planning.plan_for(name, Asked(), CARD).plan.workload.quantisation is kind
+    world.config.write_text("[engine]\ncache_contexts = 5\n")
+    found = planning.plan_for("qwen2.5-coder-7b", Asked(), CARD).plan
+    assert found.bytes_of("key-value caches") == 5 * 4096 * found.kv_bytes_per_token
+    assert planning.plan_for("starter", Asked(), RAM).plan.workload.caches == 7
 
 
 def test_smaller_models_are_of_the_same_kind() -> None:
@@ -169,6 +215,11 @@ def test_all_models_at_once(world: World) -> None:
     lines = json.loads(run(world, "--memory", "12GiB", "--train", "--json"))
     assert len(lines) == 18
     assert {line["model"] for line in lines if not line["fits"]} == {"codellama-13b"}
+    lines = json.loads(run(world, "--memory", "12GiB", "--train", "--row-tokens", "5000", "--json"))
+    assert len(lines) == 18
+    assert {line["model"]: line["fits"] for line in lines if line["error"]}["phi-2"] is None
+    text = run(world, "--memory", "12GiB", "--train", "--row-tokens", "5000")
+    assert "--row-tokens is 5000, but phi-2" in " ".join(text.split())
     text = run(world, "--memory", "12GiB", "--context", "16384")
     assert "qwen2.5-coder-7b" in text
     assert "phi-2" in text

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from agent import catalog, memory, trial_step
 from agent.engines.random_model import random_tree
+from agent.engines.transformers import TransformersEngine
 from agent.errors import UnknownModelError
 from agent.gpu_check import checks, subject
 from agent.gpu_check.rows import Job, Row, run
@@ -113,6 +115,7 @@ def test_a_model_that_cannot_be_had_is_one_line_of_the_table(tmp_path: Path) -> 
     ("arguments", "told"),
     [
         (("--device", "cpu"), "tabwise: --device is cpu, on which"),
+        (("--model", "nonesuch"), "tabwise: --model: unknown model 'nonesuch'; known are"),
         (("--device", "cpu", "--tiny", "--memory", "lots"), "tabwise: --memory is 'lots'"),
     ],
 )
@@ -218,6 +221,29 @@ async def test_memory_that_stays_full_is_noticed(tiny: Subject, monkeypatch: pyt
     monkeypatch.setattr(checks, "_pressure", lasting)
     with pytest.raises(memory_errors()):
         await checks.full_memory(tiny)
+
+
+@pytest.mark.parametrize("shrinks", [False, True])
+async def test_memory_that_never_ran_short_is_noticed(
+    tiny: Subject, monkeypatch: pytest.MonkeyPatch, shrinks: bool
+) -> None:
+    """As on a GPU, where it is not known beforehand that a pass is refused."""
+
+    @contextmanager
+    def none(of: Subject, module: Any) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(checks, "_pressure", none)
+    on_gpu = replace(tiny, device=torch.device("cuda"))  # nothing of the check is sent there
+    if shrinks:
+        sizes = iter((512, 128))
+        monkeypatch.setattr(TransformersEngine, "chunk_tokens", property(lambda engine: next(sizes)))
+        (row,) = await checks.full_memory(on_gpu)
+        assert row.ok
+        assert "served with smaller pieces" in row.note
+        return
+    with pytest.raises(checks.CheckError, match="memory never ran short: 1016 tokens were read 32 at a time"):
+        await checks.full_memory(on_gpu)
 
 
 def memory_errors() -> tuple[type[Exception], ...]:

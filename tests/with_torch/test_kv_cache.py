@@ -71,7 +71,7 @@ def take(shelf: Shelf, *prompt: int, in_use: bool = False, **more: Any) -> tuple
 
 
 def test_what_is_common_is_kept() -> None:
-    shelf = Shelf(2, 2)
+    shelf = Shelf(2, 2, 1 << 20)
     cache, tail = take(shelf, 1, 2, 3)
     assert tail == []
     fill(cache, [1, 2, 3, 4, 5])
@@ -85,7 +85,7 @@ def test_what_is_common_is_kept() -> None:
 
 
 def test_another_place_gives_what_it_has() -> None:
-    shelf = Shelf(2, 3)
+    shelf = Shelf(2, 3, 1 << 20)
     first, _ = take(shelf, *range(1, 11))
     fill(first, list(range(1, 11)))
     # Shares a tenth: too little to take the slot, but not to be copied.
@@ -101,7 +101,7 @@ def test_another_place_gives_what_it_has() -> None:
 
 
 def test_a_cache_in_use_stays_with_its_stream() -> None:
-    shelf = Shelf(2, 2)
+    shelf = Shelf(2, 2, 1 << 20)
     first, _ = take(shelf, 1, 2, 3, in_use=True)
     second, _ = take(shelf, 1, 2, 3)
     assert second is not first
@@ -109,7 +109,7 @@ def test_a_cache_in_use_stays_with_its_stream() -> None:
 
 
 def test_each_adapter_computes_for_itself() -> None:
-    shelf = Shelf(2, 2)
+    shelf = Shelf(2, 2, 1 << 20)
     bare, _ = take(shelf, 1, 2, 3, 4)
     fill(bare, [1, 2, 3, 4])
     with_a, _ = take(shelf, 1, 2, 3, 4, adapter="a")
@@ -125,7 +125,7 @@ def test_each_adapter_computes_for_itself() -> None:
 
 
 def test_uncached_means_uncached() -> None:
-    shelf = Shelf(2, 2)
+    shelf = Shelf(2, 2, 1 << 20)
     cache, _ = take(shelf, 1, 2, 3)
     fill(cache, [1, 2, 3])
     again, tail = take(shelf, 1, 2, 3, cached=False)
@@ -134,7 +134,7 @@ def test_uncached_means_uncached() -> None:
 
 
 def test_giving_up_frees_all_but_one() -> None:
-    shelf = Shelf(2, 3)
+    shelf = Shelf(2, 3, 1 << 20)
     kept, _ = take(shelf, *range(1, 9))
     other, _ = take(shelf, *range(11, 19))
     for cache, ids in ((kept, [1, 2]), (other, [5, 6])):
@@ -146,8 +146,72 @@ def test_giving_up_frees_all_but_one() -> None:
     assert shelf.give_up_others() == before // 2
 
 
+def shelf_tokens(shelf: Shelf) -> int:
+    """Return the room of all caches by the bytes that `fill` puts there: 2 layers of (1, 2, T, 4) keys and values."""
+    return shelf.nbytes // (2 * 2 * 2 * 4 * 4)
+
+
+def read(shelf: Shelf, cache: PrefixCache, ids: list[int]) -> None:
+    """Have it read tokens, as the decode loop does."""
+    shelf.make_way(len(cache) + len(ids), cache)
+    fill(cache, ids)
+
+
+def test_all_caches_together_take_what_is_planned() -> None:
+    shelf = Shelf(2, 6, 1024)  # two contexts of 512 tokens
+    for place in range(12):
+        prompt = list(range(1000 * place, 1000 * place + 300))
+        cache, _ = take(shelf, *prompt, task=Task.EXPLANATION if place % 4 == 3 else Task.COMPLETION)
+        for at in range(0, 300, 100):
+            read(shelf, cache, prompt[at : at + 100])
+            assert shelf_tokens(shelf) <= 1024
+        assert cache.ids == prompt
+    assert shelf_tokens(shelf) == 1024
+
+
+def test_what_was_used_longest_ago_goes_first() -> None:
+    shelf = Shelf(2, 6, 768)  # room for three short texts
+    caches = []
+    for place in range(3):
+        cache, _ = take(shelf, *range(100 * place, 100 * place + 20))
+        read(shelf, cache, list(range(100 * place, 100 * place + 20)))
+        caches.append(cache)
+    assert take(shelf, *range(21))[0] is caches[0]
+    read(shelf, caches[0], [20])
+    fourth, _ = take(shelf, *range(300, 320))
+    read(shelf, fourth, list(range(300, 320)))
+    assert [len(each) for each in (*caches, fourth)] == [21, 0, 20, 20]
+
+
+def test_a_stream_whose_place_was_taken_is_counted_and_goes_last() -> None:
+    shelf = Shelf(2, 1, 512)
+    lent, _ = take(shelf, *range(20), in_use=True)
+    read(shelf, lent, list(range(20)))
+    second, _ = take(shelf, *range(30, 50))
+    assert second is not lent
+    read(shelf, second, list(range(30, 50)))
+    assert shelf_tokens(shelf) == 512  # both
+    explanation, _ = take(shelf, *range(60, 80), task=Task.EXPLANATION)
+    read(shelf, explanation, list(range(60, 80)))
+    assert [len(each) for each in (lent, second, explanation)] == [20, 0, 20]
+    read(shelf, explanation, list(range(80, 380)))  # as long as all may be together
+    assert [len(each) for each in (lent, second, explanation)] == [0, 0, 320]
+    lent.in_use = False
+
+
+def test_what_has_no_room_beside_its_source_is_read_anew() -> None:
+    shelf = Shelf(2, 2, 256)
+    first, _ = take(shelf, *range(20))
+    read(shelf, first, list(range(20)))
+    second, tail = take(shelf, *range(4), *range(50, 80))
+    assert second is not first
+    assert (second.ids, tail, len(first)) == ([], [], 20)
+    read(shelf, second, [0, 1])
+    assert (len(first), shelf_tokens(shelf)) == (0, 256)
+
+
 def test_a_copy_for_which_there_is_no_room_is_read_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    shelf = Shelf(2, 2)
+    shelf = Shelf(2, 2, 1 << 20)
     first, _ = take(shelf, *range(1, 11))
     fill(first, list(range(1, 11)))
 

@@ -304,7 +304,9 @@ async def test_out_of_memory_shortens_the_context_and_never_kills(engine: Transf
     whole = await ids_of(engine, CODE * 30)
     prompt = whole[:800]
     full_after(engine, lambda length: length <= 620)
-    with pytest.raises(MemoryFullError, match=r"no memory left for \d+ tokens; the context is 60\d tokens for some minutes now"):
+    with pytest.raises(
+        MemoryFullError, match=r"no memory left for \d+ tokens; the context is 60\d tokens for some minutes now"
+    ):
         await run(subject, GenerationRequest(prompt, 8))
     assert 600 <= subject.context_tokens <= 610
     with pytest.raises(PromptTooLongError):
@@ -434,6 +436,21 @@ async def test_too_long_a_prompt_is_refused(engine: TransformersEngine) -> None:
 async def test_the_models_own_limit_counts(small: LocalModel) -> None:
     engine = await TransformersEngine.load(small, EngineSettings(context_tokens=4096, threads=1))
     assert engine.context_tokens == 1024
+    await engine.close()
+
+
+async def test_caches_never_take_more_than_their_share(small: LocalModel) -> None:
+    settings = EngineSettings(context_tokens=512, threads=1, cache_contexts=1, quantisation="fp32")
+    engine = await TransformersEngine.load(small, settings)
+    shelf = engine._loop._shelf
+    per_token, most = 0, 0
+    for place in range(4):
+        await run(engine, GenerationRequest(tuple(range(3 + 20 * place, 3 + 20 * place + 15)) * 16, 8))
+        filled = [each for each in shelf._all() if each.ids]
+        per_token = filled[0].nbytes // filled[0].room_tokens
+        most = max(most, shelf.nbytes)
+        assert len(filled) == min(place + 1, 2)
+    assert most == 512 * per_token
     await engine.close()
 
 
