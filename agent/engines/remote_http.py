@@ -16,16 +16,14 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import tenacity
-from yarl import URL
 
 from agent import remote_server
 from agent.config import RemoteSettings
 from agent.engines import sse
-from agent.errors import RemoteError
+from agent.errors import ConfigError, RemoteError
 from agent.version import __version__
 
 _TRIES = 3  # a server that restarts behind a balancer is back at the second; somebody waits for each
@@ -68,7 +66,7 @@ class Connection:
         headers = {"User-Agent": f"tabwise/{__version__}", "Accept-Encoding": "identity"}
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        self._proxy = _proxy_for(URL(self.where)) if settings.proxy == "environment" else None
+        self._proxy = _proxy(settings)
         self._http = aiohttp.ClientSession(
             headers=headers,
             connector=aiohttp.TCPConnector(keepalive_timeout=_KEEP_S),
@@ -291,9 +289,15 @@ def _pause(state: tenacity.RetryCallState) -> float:
     return max(jittered, failure.wait_s) if isinstance(failure, _AgainError) else jittered
 
 
-def _proxy_for(url: URL) -> str | None:
+def _proxy(settings: RemoteSettings) -> str | None:
     # Not aiohttp's `trust_env`: that one takes passwords from ~/.netrc as well, and sends them in our token's place.
-    return None if proxy_bypass(url.host or "") else getproxies().get(url.scheme)
+    found = remote_server.proxy(settings)
+    scheme = found.partition(":")[0].lower() if found else "http"
+    if scheme not in ("http", "https"):
+        raise ConfigError(
+            f"the environment's proxy speaks {scheme}, and only http and https are spoken here; set remote.proxy to none"
+        )
+    return found
 
 
 async def _refusal(answer: aiohttp.ClientResponse) -> Any:

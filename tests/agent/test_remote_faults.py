@@ -321,7 +321,9 @@ async def test_a_proxy_of_the_environment_is_used_only_when_asked_for(
         monkeypatch.delenv("NO_PROXY", raising=False)
         made = await RemoteEngine.load(settings(server), EngineSettings())
         await made.close()
-        assert proxy.asked == []
+        made = await RemoteEngine.load(settings(server, proxy="environment"), EngineSettings())
+        await made.close()
+        assert proxy.asked == []  # the server is on this machine
         there = settings(server, url="http://models.example", proxy="environment")
         made = await RemoteEngine.load(there, EngineSettings())
         await made.close()
@@ -329,6 +331,13 @@ async def test_a_proxy_of_the_environment_is_used_only_when_asked_for(
             "http://models.example/v1/models",
             "http://models.example/tokenize",
         }
+
+
+async def test_a_proxy_that_speaks_no_http_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"socks5://me:{SECRET}@proxy.example")
+    with pytest.raises(ConfigError, match=r"speaks socks5, .*remote\.proxy") as caught:
+        await RemoteEngine.load(RemoteSettings(url="http://models.example", proxy="environment"), EngineSettings())
+    assert SECRET not in str(caught.value)
 
 
 async def test_requests_are_json_and_name_us(engine: RemoteEngine, server: FaultServer) -> None:
