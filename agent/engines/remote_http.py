@@ -1,7 +1,7 @@
 """The line to a remote server: requests, streams of events, patience, second tries, and errors that give nothing away.
 
-Knows HTTP, no models and no routes. Of a server's refusal of a request that holds text of the user's, only its identifiers
-are told: messages quote requests, and errors go into logs.
+Knows HTTP, no models and no routes. Of a server's refusal of a request that holds text of the user's, only codes that
+are known are told: messages quote requests, and errors go into logs.
 
 Invariants: a request that cannot be answered ends within the set times, whatever the server does; the token goes to the
 configured server alone (no redirect is followed, no proxy of the environment used unless asked) and into no message;
@@ -34,7 +34,19 @@ _AGAIN = frozenset({429, 500, 502, 503, 504})
 _BODY_BYTES = 8 << 20  # of a whole answer: 30 KB of text as tokens with their texts have half a megabyte
 _REASON_BYTES = 1 << 16  # of a refusal's body
 _REASON_CHARS = 200  # of it in a message of one line
-_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,39}")  # an identifier, which quotes nobody's text
+_CODES = frozenset(
+    # OpenAI's, and of those that followed it.
+    "invalid_request_error authentication_error permission_error not_found_error rate_limit_error rate_limit_exceeded "
+    "insufficient_quota server_error internal_error api_error overloaded_error timeout_error model_not_found invalid_api_key "
+    "context_length_exceeded unsupported_parameter "
+    # llama-server's.
+    "unavailable_error not_supported_error exceed_context_size_error "
+    # vLLM's.
+    "BadRequestError NotFoundError InternalServerError NotImplementedError UnprocessableEntityError".split()
+)
+"""Kinds of refusals that may be told. Any other word may be an identifier of the user's, or the token."""
+_KINDS = frozenset({"application/json", "application/x-ndjson", "application/problem+json", "text/html", "text/plain"})
+"""Kinds of contents that may be told, for the same reason."""
 _AUTHORIZATION = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 
 
@@ -112,7 +124,7 @@ class Connection:
         try:
             kind = answer.content_type
             if kind != "text/event-stream":
-                told = kind if _WORD.fullmatch(kind.replace("/", "-")) else "something else"
+                told = kind if kind in _KINDS else "something else"
                 raise RemoteError(
                     f"{self.where}{path} answered with {told}, not with a stream; is it an OpenAI server?"
                 )
@@ -140,7 +152,7 @@ class Connection:
 
     def failed(self, fields: Any) -> RemoteError:
         """Return the error for one that the server reports within a stream."""
-        return RemoteError(f"{self.where} failed{_identifiers(fields)}; see the server's log")
+        return RemoteError(f"{self.where} failed{_codes(fields)}; see the server's log")
 
     async def _end(self, answer: aiohttp.ClientResponse) -> None:
         """Wait for the end of the body behind the last event, so that the connection can be used again."""
@@ -220,7 +232,7 @@ class Connection:
                     status,
                 )
             fields = await _refusal(answer)
-            told = _identifiers(fields) if private else self._reason(fields)
+            told = _codes(fields) if private else self._reason(fields)
             wait_s = _seconds(answer.headers.get("Retry-After", ""))
         finally:
             answer.close()
@@ -310,12 +322,12 @@ async def _refusal(answer: aiohttp.ClientResponse) -> Any:
         return None  # the status says what there is to say
 
 
-def _identifiers(fields: Any) -> str:
+def _codes(fields: Any) -> str:
     inner = fields.get("error", fields) if isinstance(fields, dict) else None
     if not isinstance(inner, dict):
         return ""
     words = [inner.get(name) for name in ("type", "code")]
-    told = [word for word in words if isinstance(word, str) and _WORD.fullmatch(word)]
+    told = [word for word in words if isinstance(word, str) and word in _CODES]
     return f", {', '.join(dict.fromkeys(told))}" if told else ""
 
 

@@ -127,9 +127,24 @@ async def test_a_server_that_asks_to_wait_longer_than_anybody_would_is_left_alon
     assert len(server.bodies(ROUTE)) == 1
 
 
+@pytest.mark.parametrize("place", ["type", "code"])
+@pytest.mark.parametrize("word", [SECRET, "myPrivateIdentifier", "password123"])
+async def test_a_word_in_a_codes_place_is_not_repeated(
+    engine: RemoteEngine, server: FaultServer, place: str, word: str
+) -> None:
+    refusal = json.dumps({"error": {"message": word, place: word}}).encode()
+    server.script[ROUTE] += [
+        lambda exchange: exchange.reply(400, refusal),
+        drip([b"data: " + refusal + b"\n\n"], 0),
+        lambda exchange: exchange.reply(200, b"", kind=f"{word}/x"),
+    ]
+    for match in ("status 400", "failed", "answered with something else"):
+        assert word not in str(await fails(engine, match))
+
+
 async def test_what_is_refused_for_good_is_not_tried_again(engine: RemoteEngine, server: FaultServer) -> None:
     server.usual[ROUTE] = status(400, f"bad request: {TEXT}")
-    await fails(engine, "refused the request with status 400, some_error")
+    await fails(engine, "refused the request with status 400, invalid_request_error")
     assert len(server.bodies(ROUTE)) == 1
 
 
@@ -174,8 +189,8 @@ WRONG: dict[str, tuple[Behaviour, str]] = {
     "nesting without end": (drip([b"data: " + b"[" * 100_000 + b"\n\n"], 0), "no JSON object"),
     "another form": (drip([b'data: {"choices": [3]}\n\n'], 0), "another form"),
     "an error in the stream": (
-        drip([b'data: {"error": {"message": "the user\'s own text", "type": "out_of_memory"}}\n\n'], 0),
-        "failed, out_of_memory",
+        drip([b'data: {"error": {"message": "the user\'s own text", "type": "server_error"}}\n\n'], 0),
+        "failed, server_error",
     ),
     "a connection that is cut": (cut_after("one"), "broke off in the middle"),
     "a stream without an end": (
