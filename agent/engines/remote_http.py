@@ -23,7 +23,7 @@ import tenacity
 from agent import remote_server
 from agent.config import RemoteSettings
 from agent.engines import sse
-from agent.errors import ConfigError, RemoteError
+from agent.errors import ConfigError, ModelChangedError, RemoteError
 from agent.version import __version__
 
 _TRIES = 3  # a server that restarts behind a balancer is back at the second; somebody waits for each
@@ -79,6 +79,8 @@ class Connection:
         if token:
             headers["Authorization"] = f"Bearer {token}"
         self._proxy = _proxy(settings)
+        self._patience: set[asyncio.Timeout] = set()
+        """Of everybody who waits."""
         self._http = aiohttp.ClientSession(
             headers=headers,
             connector=aiohttp.TCPConnector(keepalive_timeout=_KEEP_S),
@@ -141,8 +143,11 @@ class Connection:
             answer.close()
 
     async def close(self) -> None:
-        """Close what is open."""
+        """Close what is open; who waits for an answer is told to ask again."""
         await self._http.close()
+        for patience in self._patience:  # aiohttp tells them nothing
+            if not patience.expired():
+                patience.reschedule(self._now())
 
     def broke_off(self, what: str = "") -> RemoteError:
         """Return the error for an answer that has no end."""
@@ -153,6 +158,10 @@ class Connection:
     def failed(self, fields: Any) -> RemoteError:
         """Return the error for one that the server reports within a stream."""
         return RemoteError(f"{self.where} failed{_codes(fields)}; see the server's log")
+
+    def _let_go(self) -> ModelChangedError:
+        # Closed by us, under a request of somebody who began before: what he knows of the model is void.
+        return ModelChangedError(f"{self.where} was let go of meanwhile, since it serves another model; ask again")
 
     async def _end(self, answer: aiohttp.ClientResponse) -> None:
         """Wait for the end of the body behind the last event, so that the connection can be used again."""
@@ -201,6 +210,8 @@ class Connection:
 
     async def _asked(self, method: str, path: str, body: dict[str, Any] | None) -> aiohttp.ClientResponse:
         headers = {} if self.keeps_open else {"Connection": "close"}
+        if self._http.closed:
+            raise self._let_go()
         try:
             return await self._http.request(
                 method, self.where + path, json=body, headers=headers, allow_redirects=False, proxy=self._proxy
@@ -216,10 +227,14 @@ class Connection:
                 "your authority's"
             ) from None
         except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            if self._http.closed:
+                raise self._let_go() from None
             reason = (getattr(error, "strerror", None) or type(error).__name__).strip()
             told = RemoteError(f"{self.where} cannot be reached ({reason}); check remote.url, and whether it runs")
             raise _AgainError(told) from None
         except aiohttp.ClientError as error:
+            if self._http.closed:
+                raise self._let_go() from None
             raise RemoteError(f"{self.where} does not speak HTTP as it should ({type(error).__name__})") from None
 
     async def _refuse(self, answer: aiohttp.ClientResponse, path: str, *, private: bool) -> None:
@@ -252,17 +267,25 @@ class Connection:
             async with self._within(until, patience_s):
                 return await answer.content.readany()
         except aiohttp.ClientError as error:
+            if self._http.closed:
+                raise self._let_go() from None
             raise self.broke_off(type(error).__name__) from None
 
     @asynccontextmanager
     async def _within(self, until: float, patience_s: float) -> AsyncGenerator[None, None]:
+        patience = asyncio.timeout_at(until)
         try:
-            async with asyncio.timeout_at(until):
+            async with patience:
+                self._patience.add(patience)
                 yield
         except TimeoutError:
+            if self._http.closed:
+                raise self._let_go() from None
             raise RemoteError(
                 f"{self.where} gave no answer for {patience_s:g} s; try again, or raise remote.first_s and remote.between_s"
             ) from None
+        finally:
+            self._patience.discard(patience)
 
     def _data(self, events: sse.Events, received: bytes) -> list[bytes]:
         try:

@@ -315,6 +315,22 @@ async def test_another_model_in_its_place_is_noticed(engine: RemoteEngine, serve
         await run(engine)
 
 
+async def test_who_waits_while_it_is_closed_is_told_to_ask_again(engine: RemoteEngine, server: FaultServer) -> None:
+    server.script[ROUTE] += [hang, hang_after("one"), status(503, Retry_After="1")]
+    waiting = []
+    for _ in range(3):
+        waiting.append(asyncio.create_task(run(engine)))
+        await asyncio.sleep(0.05)
+    ids = tuple(token.id for token in await engine.tokenize(TEXT))
+    await engine.close()
+    for one in waiting:
+        with pytest.raises(ModelChangedError, match="ask again"):
+            await one
+    late = engine.generate(GenerationRequest(ids, 4))
+    with pytest.raises(ModelChangedError, match="ask again"):
+        await anext(late)
+
+
 async def test_nothing_of_it_is_in_the_log(
     engine: RemoteEngine, server: FaultServer, caplog: pytest.LogCaptureFixture
 ) -> None:
