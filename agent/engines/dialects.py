@@ -8,7 +8,7 @@ Knows no HTTP and no settings.
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from agent.engines.base import Decoded, Event, GenerationRequest, Token
+from agent.engines.base import Decoded, Event, GenerationRequest, Prefilled, Token
 from agent.errors import RemoteError
 from agent.types import Chat, Message
 
@@ -22,6 +22,7 @@ class Reader:
         self.cached_tokens = 0
         """Of the prompt, as far as the server tells."""
         self.decoded_tokens = 0
+        self._read_tokens = 0
         self.reason: str | None = None
         """Why the answer ended; None before it has."""
 
@@ -40,7 +41,14 @@ class Reader:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise RemoteError(f"the server's answer has another form than expected ({type(error).__name__})") from None
         self.decoded_tokens += sum(len(event.ids) for event in events if isinstance(event, Decoded))
+        read = (event.done_tokens for event in events if isinstance(event, Prefilled))
+        self._read_tokens = max((self._read_tokens, *read))
         return events
+
+    @property
+    def progress(self) -> int:
+        """How much the answer has brought: it grows with tokens read or written, and at the end."""
+        return self._read_tokens + self.decoded_tokens + (self.reason is not None)
 
     def _usage(self, usage: Any) -> None:
         if isinstance(usage, dict):

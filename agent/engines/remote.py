@@ -140,7 +140,7 @@ class RemoteEngine:
         path, body = self.dialect.asked(request, model)
         reader = self.dialect.reader(request)
         most = max(1, request.max_tokens) * (1 if self.dialect.exact else _LOOSE)
-        async with aclosing(self._connection.stream(path, body)) as chunks:
+        async with aclosing(self._connection.stream(path, body, lambda: reader.progress)) as chunks:
             async for data in chunks:
                 if data.get("error") or data.get("object") == "error":
                     raise self._connection.failed(data)

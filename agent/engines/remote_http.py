@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
@@ -115,8 +115,15 @@ class Connection:
         """
         await self._whole("POST", path, body, private=False)
 
-    async def stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def stream(
+        self, path: str, body: dict[str, Any], progress: Callable[[], int]
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the events of a streamed answer; closing it closes the connection, which is the cancel.
+
+        Args:
+            path: The route.
+            body: The request.
+            progress: Tells how much the events so far have brought; one that brought nothing renews no patience.
 
         Raises:
             RemoteError: The server refuses, breaks off, or says nothing in time.
@@ -130,15 +137,16 @@ class Connection:
                 raise RemoteError(
                     f"{self.where}{path} answered with {told}, not with a stream; is it an OpenAI server?"
                 )
-            events, patience = sse.Events(), self._settings.first_s
+            events, patience, brought = sse.Events(), self._settings.first_s, progress()
             while received := await self._received(answer, until, patience):
                 for data in self._data(events, received):
                     if data == b"[DONE]":
                         await self._end(answer)
                         return
                     yield self._object(data)
-                    patience = self._settings.between_s
-                    until = self._now() + patience
+                    if progress() > brought:
+                        brought, patience = progress(), self._settings.between_s
+                        until = self._now() + patience
         finally:
             answer.close()
 

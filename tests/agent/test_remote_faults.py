@@ -153,6 +153,9 @@ SILENT: dict[str, tuple[Behaviour, float]] = {
     "behind the headers": (hang_after(), FIRST_S),
     "in the middle": (hang_after("one"), BETWEEN_S),
     "but for comments": (drip(repeat(b": keep-alive\n\n"), 0.05), FIRST_S),
+    "but for events of nothing": (drip(repeat(b"data: {}\n\n"), 0.05), FIRST_S),
+    "but for a flood of them": (drip(repeat(b"data: {}\n\n" * 1000), 0), FIRST_S),
+    "but for texts of nothing": (drip(repeat(b'data: {"choices": [{"text": ""}]}\n\n'), 0.05), FIRST_S),
     "but for single bytes": (drip((b"%c" % sign for sign in b"data: " + b"x" * 1000), 0.05), FIRST_S),
 }
 
