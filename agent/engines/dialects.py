@@ -5,12 +5,26 @@ llama-server and one for vLLM, whose extensions name every token, and one for al
 Knows no HTTP and no settings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from agent.engines.base import Decoded, Event, GenerationRequest, Prefilled, Token
 from agent.errors import RemoteError
 from agent.types import Chat, Message
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """Read an answer within it: where that has another form than it should, that is the server's error.
+
+    Raises:
+        RemoteError: It has.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise RemoteError(f"the server's answer has another form than expected ({type(error).__name__})") from None
 
 
 class Reader:
@@ -32,17 +46,15 @@ class Reader:
         Raises:
             RemoteError: It is none of this dialect's.
         """
-        try:
+        with understood():
             self._usage(data.get("usage"))
             choices = data.get("choices") or ()
             events = await self._choice(choices[0], data) if choices else await self._rest(data)
             if choices and choices[0].get("finish_reason"):
                 self.reason = str(choices[0]["finish_reason"])
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise RemoteError(f"the server's answer has another form than expected ({type(error).__name__})") from None
-        self.decoded_tokens += sum(len(event.ids) for event in events if isinstance(event, Decoded))
-        read = (event.done_tokens for event in events if isinstance(event, Prefilled))
-        self._read_tokens = max((self._read_tokens, *read))
+            self.decoded_tokens += sum(len(event.ids) for event in events if isinstance(event, Decoded))
+            read = (event.done_tokens for event in events if isinstance(event, Prefilled))
+            self._read_tokens = max((self._read_tokens, *read))
         return events
 
     @property

@@ -15,6 +15,7 @@ from typing import Any
 
 from agent import fim, remote_server
 from agent.config import EngineSettings, RemoteSettings
+from agent.engines import dialects
 from agent.engines.base import Adapter, Decoded, Event, Finished, GenerationRequest, Prefilled, Task, Token
 from agent.engines.dialects import Dialect
 from agent.engines.llama_server import LlamaServer
@@ -97,17 +98,20 @@ class RemoteEngine:
     async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
         """Return the tokens of `text`."""
         async with self._asking():
-            return await self.dialect.tokenize(text, special=special)
+            with dialects.understood():
+                return await self.dialect.tokenize(text, special=special)
 
     async def start_ids(self) -> tuple[int, ...]:
         """Return the ids with which every prompt begins."""
         async with self._asking():
-            return await self.dialect.start_ids()
+            with dialects.understood():
+                return await self.dialect.start_ids()
 
     async def chat_ids(self, chat: Chat) -> tuple[int, ...]:
         """Return the prompt for a chat."""
         async with self._asking():
-            return await self.dialect.chat_ids(chat)
+            with dialects.understood():
+                return await self.dialect.chat_ids(chat)
 
     def held(self, prompt_ids: tuple[int, ...], adapter: str | None = None) -> int:
         """Return how many tokens of a completion's prompt the server was asked about lately; others may push them out."""

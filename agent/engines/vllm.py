@@ -80,7 +80,7 @@ class Vllm:
     async def _rendered(self, messages: Sequence[Message]) -> str:
         body = {"model": self._model, "messages": dialects.turns(messages), "add_generation_prompt": True}
         answer = await self._connection.post("/tokenize", body)
-        return await self._text(answer["tokens"])
+        return await self._text([int(one) for one in answer["tokens"]])
 
     def asked(self, request: GenerationRequest, model: str) -> tuple[str, dict[str, Any]]:
         """Return the route and the body that ask for a streamed answer."""
@@ -140,7 +140,7 @@ class _VllmReader(Reader):
     async def _choice(self, choice: dict[str, Any], data: dict[str, Any]) -> list[Event]:
         del data
         told = choice.get("logprobs") or {}
-        ids = [int(token.removeprefix(_ID)) for token in told.get("tokens") or ()]
+        ids = [_named(token) for token in told.get("tokens") or ()]
         if not ids:
             return await self._rest_of_text(choice.get("text") or "")
         logps = [each if each is not None else 0.0 for each in told["token_logprobs"]]
@@ -175,8 +175,14 @@ class _VllmReader(Reader):
         if not told or not self._alternatives:
             return ()
         ranked = sorted(told.items(), key=lambda item: -item[1])[: self._alternatives]
-        ids = [int(name.removeprefix(_ID)) for name, _ in ranked]
+        ids = [_named(name) for name, _ in ranked]
         texts = await self._dialect.texts(ids)
         return tuple(
             Alternative(one, text or "", logp) for one, text, (_, logp) in zip(ids, texts, ranked, strict=True)
         )
+
+
+def _named(token: str) -> int:
+    if not token.startswith(_ID):
+        raise ValueError  # a text, which may well be a number
+    return int(token.removeprefix(_ID))

@@ -17,6 +17,8 @@ from agent.engines import sse
 from agent.engines.base import Decoded, Event, Finished, GenerationRequest
 from agent.engines.remote import RemoteEngine
 from agent.errors import ConfigError, EngineError, ModelChangedError, PromptTooLongError, RemoteError
+from agent.types import Chat, Message
+from tests.fakes import FakeVllm
 from tests.fault_server import (
     MODEL,
     Behaviour,
@@ -216,6 +218,49 @@ async def test_a_wrong_answer_is_one_clear_line(engine: RemoteEngine, server: Fa
     await fails(engine, match)
     assert len(server.bodies(ROUTE)) == 1  # a byte of an answer was seen
     assert said(await run(engine)) == "one two"
+
+
+ODD = [
+    {},
+    {"tokens": 3},
+    {"tokens": [{}]},
+    {"tokens": [None]},
+    {"tokens": {"a": 1}},
+    {"tokens": [float("inf")]},
+    {"tokens": [{"id": None, "piece": "a"}]},
+    {"tokens": "ab"},
+]
+
+
+@pytest.mark.parametrize("kind", ["vLLM", "llama-server"])
+@pytest.mark.parametrize("odd", ODD, ids=str)
+async def test_an_odd_answer_outside_of_a_stream_is_one_clear_line(
+    server: FaultServer, kind: str, odd: dict[str, Any]
+) -> None:
+    if kind == "vLLM":
+        FakeVllm(server)
+    else:
+        server.usual["/tokenize"] = answer({"tokens": [{"id": 1, "piece": "x"}]})
+    engine = await RemoteEngine.load(settings(server), EngineSettings())
+    assert engine.dialect.name == kind
+    server.usual |= {"/tokenize": answer(odd), "/apply-template": answer(odd)}
+    chat = Chat((Message("user", "?"),))
+    for asked in (engine.tokenize(TEXT), engine.start_ids(), engine.chat_ids(chat)):
+        with pytest.raises(RemoteError, match="another form than expected"):
+            await asked
+    await engine.close()
+
+
+async def test_odd_texts_of_tokens_are_one_clear_line(server: FaultServer) -> None:
+    FakeVllm(server)
+    engine = await RemoteEngine.load(settings(server), EngineSettings())
+    server.usual["/detokenize"] = answer({"text": 3})
+    with pytest.raises(RemoteError, match=r"another form than expected .KeyError"):
+        await engine.tokenize(TEXT)
+    with pytest.raises(RemoteError, match=r"another form than expected .KeyError"):
+        async for _ in engine.generate(GenerationRequest((97,), 4, alternatives=3)):
+            pass
+    await engine.close()
 
 
 async def test_a_token_goes_nowhere_else(engine: RemoteEngine, server: FaultServer) -> None:
