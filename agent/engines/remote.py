@@ -28,7 +28,7 @@ from agent.errors import AdapterError, ConfigError, ModelChangedError, PromptToo
 from agent.types import Chat
 
 _SURE_S = 60.0
-"""For so long after an answer the server is taken to serve the same model; asking costs a round trip."""
+"""For so long after it was asked the server is taken to serve the same model; asking costs a round trip."""
 _NO_ROUTE = {
     HTTPStatus.BAD_REQUEST,
     HTTPStatus.NOT_FOUND,
@@ -179,18 +179,25 @@ class RemoteEngine:
             yield
         except RemoteError as error:
             self._sure_until = 0.0
-            if error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
-                raise ModelChangedError(f"{error}; it may be another server now, ask again") from None
-            raise
-        self._sure_until = time.monotonic() + _SURE_S
+            if error.status not in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+                raise
+            await self._same_model(kind=self.dialect.exact)
+            raise RemoteError(
+                f"{error}, and yet it serves {self.model!r} as before; ask a server that has this route",
+                error.status,
+            ) from None
 
-    async def _same_model(self) -> None:
+    async def _same_model(self, *, kind: bool = False) -> None:
+        """Raise where the server has another model than before; with `kind`, also where it is another kind of server."""
         try:
             card = await _card(self._connection, self.model)
         except _NotServedError as error:
             raise ModelChangedError(str(error)) from None
         if _identity(card) != _identity(self._card):
             raise ModelChangedError(f"{self._connection.where} serves another model than before; ask again")
+        if kind and (await _dialect(self._connection, card, "auto")).name != self.dialect.name:
+            raise ModelChangedError(f"{self._connection.where} is another kind of server than before; ask again")
+        self._sure_until = time.monotonic() + _SURE_S
 
 
 class _NotServedError(RemoteError):

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ from agent.config import CompletionSettings, EngineSettings, RemoteSettings
 from agent.engine_host import EngineHost
 from agent.engines.base import Adapter, Decoded, Event, Finished, GenerationRequest, Prefilled, Task
 from agent.engines.remote import RemoteEngine
-from agent.errors import AdapterError, ModelChangedError
+from agent.errors import AdapterError, ModelChangedError, RemoteError
 from agent.loaded import LoadedModel, prepare
 from agent.types import Chat, CompletionRequest, Document, Message
 from tests.agent.test_engine_host import guard
-from tests.fakes import SPECIALS, FakeVllm, decode, scripted
+from tests.fakes import SPECIALS, FakeClock, FakeVllm, decode, scripted
 from tests.fault_server import MODEL, FaultServer, answer, cut_after, texts
 
 NASTY = "".join(SPECIALS)
@@ -373,3 +374,44 @@ async def test_a_model_that_took_the_place_of_another_is_understood_anew(server:
         assert (await complete(model, request("def add(a, b):\n    ret"))).completion.text == "urn 3"
     assert host.loads == 2
     await host.close()
+
+
+async def test_a_server_of_chats_alone_says_so_and_is_not_loaded_at_each_key(server: FaultServer, tmp_path: Path) -> None:
+    server.usual[CHATS] = texts("fine")
+    host = EngineHost("remote", lambda _: loaded(server), guard(tmp_path), unload_after_s=0, find=lambda _: local())
+    for _ in range(3):
+        with pytest.raises(RemoteError, match="status 404.*serves 'served' as before; ask a server that has this route") as caught:
+            async with host.use() as model:
+                await complete(model, request("a = "))
+        assert not isinstance(caught.value, ModelChangedError)
+    assert host.loads == 1
+    await host.close()
+
+
+async def test_another_kind_of_server_for_the_same_model_is_understood_anew(server: FaultServer) -> None:
+    FakeVllm(server)
+    engine = await loaded(server)
+    del server.usual["/tokenize"]
+    with pytest.raises(ModelChangedError, match="another kind of server"):
+        await engine.tokenize("a")
+    await engine.close()
+
+
+async def test_who_types_steadily_still_asks_which_model_it_is(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr("agent.engines.remote.time", SimpleNamespace(monotonic=clock))
+    FakeVllm(server)
+    engine = await loaded(server)
+    for _ in range(25):
+        clock.now += 10
+        await run(engine, GenerationRequest((97,), 4))
+    asked = [one for one in server.asked if one.path == "/v1/models"]
+    assert len(asked) == 1 + 4  # at the load, and each minute
+    server.usual["/v1/models"] = answer({"data": [{"id": MODEL, "max_model_len": 7}]})
+    with pytest.raises(ModelChangedError):
+        for _ in range(7):
+            clock.now += 10
+            await run(engine, GenerationRequest((97,), 4))
+    await engine.close()
