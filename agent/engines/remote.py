@@ -119,11 +119,8 @@ class RemoteEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Continue a prompt."""
-        model = self.model
-        if request.adapter is not None:
-            if request.adapter not in self._adapters.served:
-                raise AdapterError(f"the adapter {request.adapter!r} is not attached; attach it first")
-            model = request.adapter
+        if request.adapter is not None and request.adapter not in self._adapters.served:
+            raise AdapterError(f"the adapter {request.adapter!r} is not attached; attach it first")
         needed = len(request.prompt_ids) + request.max_tokens
         if needed > self.context_tokens:
             raise PromptTooLongError(
@@ -133,12 +130,28 @@ class RemoteEngine:
         slot = None
         if request.task is Task.COMPLETION:
             slot, _ = self._slots.choose(request.prompt_ids, request.adapter, ahead=request.ahead)
-        async with self._asking(), aclosing(self._stream(request, model)) as events:
+        async with self._asking(), aclosing(self._answered(request)) as events:
             async for event in events:
                 if slot is not None and isinstance(event, Prefilled):
                     self._slots.read(slot, event.done_tokens)
                 if request.max_tokens or not isinstance(event, Decoded):
                     yield event
+
+    async def _answered(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Ask; once more where the server has lost the adapter, as by a new start. No event came before a refusal."""
+        try:
+            async with aclosing(self._stream(request, request.adapter or self.model)) as events:
+                async for event in events:
+                    yield event
+            return
+        except RemoteError as error:
+            if request.adapter is None or error.status != HTTPStatus.NOT_FOUND:
+                raise
+        await self._same_model()
+        await self._adapters.again(request.adapter)
+        async with aclosing(self._stream(request, request.adapter)) as events:
+            async for event in events:
+                yield event
 
     async def _stream(self, request: GenerationRequest, model: str) -> AsyncGenerator[Event, None]:
         path, body = self.dialect.asked(request, model)

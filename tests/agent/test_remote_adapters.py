@@ -1,5 +1,6 @@
 """Adapters of a remote server as the daemon serves them: by its own route, against FakeVllm; the folders are real."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from agent.wire import plain
 from tests.adapter_folders import write_adapter
 from tests.conftest import World
 from tests.fakes import FakeVllm, scripted
-from tests.fault_server import MODEL, FaultServer
+from tests.fault_server import MODEL, FaultServer, status
 from tests.gguf_files import write_gguf
 
 pytest.importorskip("safetensors", reason="safetensors is not installed; make train-deps")
@@ -121,3 +122,37 @@ async def test_a_base_that_is_not_here_is_named(
 def test_a_model_that_is_here_is_its_own_base(base: Path) -> None:
     model = catalog.find(str(base))
     assert engine_choice.adapters_base(Settings(), model) is model
+
+
+async def test_an_adapter_stays_while_nobody_types_and_goes_at_the_daemons_end(
+    world: World, server: FaultServer, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.engine_host._LOOK_EVERY_S", 0.01)
+    fake = FakeVllm(server, scripted)
+    remote = Remote(world, server, str(base), unload_after_s=0.02)
+    watching = asyncio.create_task(remote.host.watch())
+    await remote.serve(adapter(world, base))
+    await asyncio.sleep(0.3)
+    assert len(fake.adapters) == 1
+    assert remote.host.loaded is not None
+    assert server.bodies("/v1/unload_lora_adapter") == []
+    watching.cancel()
+    await remote.close()
+    assert fake.adapters == {}
+
+
+async def test_an_adapter_that_the_server_lost_is_loaded_once_more(
+    world: World, server: FaultServer, base: Path
+) -> None:
+    fake = FakeVllm(server, scripted)
+    remote = Remote(world, server, str(base))
+    name = (await remote.serve(adapter(world, base))).json()["completion"]["name"]
+    fake.adapters.clear()  # it was started anew
+    assert "n a + b" in await remote.complete()
+    assert list(fake.adapters) == [name]
+    assert server.bodies("/v1/completions")[-1]["model"] == name
+    assert remote.host.loads == 1
+    fake.adapters.clear()
+    server.usual["/v1/load_lora_adapter"] = status(500)
+    assert f"the adapter {name!r} is not served" in await remote.complete("def add(a, b):\n    ret")
+    await remote.close()
