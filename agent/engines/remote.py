@@ -30,13 +30,16 @@ from agent.types import Chat
 _SURE_S = 60.0
 """For so long after it was asked the server is taken to serve the same model; asking costs a round trip."""
 _NO_ROUTE = {
+    # With a token that was good for /v1/models; a gateway lets it through to the routes of OpenAI's API alone.
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.FORBIDDEN,
     HTTPStatus.BAD_REQUEST,
     HTTPStatus.NOT_FOUND,
     HTTPStatus.METHOD_NOT_ALLOWED,
     HTTPStatus.UNPROCESSABLE_ENTITY,
     HTTPStatus.NOT_IMPLEMENTED,
 }
-"""How servers say that they do not tokenise."""
+"""How servers say that they do not tokenise, or take no token ids."""
 _LOOSE = 8  # ids that spell text are cut finer than a model's: a token of theirs may be a line of dashes
 _TOLD_NAMES, _NAME_CHARS = 8, 80  # of a server's models, in a message of one line
 
@@ -256,8 +259,21 @@ async def _dialect(connection: Connection, card: dict[str, Any], fmt: str) -> Di
         meta = card.get("meta")
         return LlamaServer(connection, _count(meta.get("n_ctx")) if isinstance(meta, dict) else None)
     if isinstance(tokens, list) and tokens and isinstance(tokens[0], int) and "max_model_len" in found:
-        return Vllm(connection, model, _count(found["max_model_len"]))
+        vllm = Vllm(connection, model, _count(found["max_model_len"]))
+        if await _names_tokens(vllm, tokens):
+            return vllm
     return TextServer(fim.FORMATS.get(fmt, fim.SUFFIX))
+
+
+async def _names_tokens(vllm: Vllm, ids: list[int]) -> bool:
+    # Others have vLLM's route of the name and tell texts, by which no token can be learned from or gone on with.
+    try:
+        with dialects.understood():
+            return await vllm.names_tokens(ids)
+    except RemoteError as error:
+        if error.status not in _NO_ROUTE:
+            raise
+        return False
 
 
 def _count(value: Any) -> int | None:

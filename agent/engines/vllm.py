@@ -8,6 +8,7 @@ vLLM 0.32 on a CPU.
 
 import secrets
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any
 
 from agent.engines import chats, dialects, marks
@@ -97,6 +98,24 @@ class Vllm:
     def reader(self, request: GenerationRequest) -> Reader:
         """Return what reads the answer."""
         return _VllmReader(self, request)
+
+    async def names_tokens(self, ids: Sequence[int]) -> bool:
+        """Have one token written behind `ids`, and tell whether the server takes ids and names what it writes by id.
+
+        Raises:
+            RemoteError: It does not take them, or fails.
+        """
+        path, body = self.asked(GenerationRequest(tuple(ids), 1, alternatives=1), self._model)
+        named = True
+        async with aclosing(self._connection.stream(path, body, lambda: 0)) as events:
+            async for data in events:
+                if "error" in data or data.get("object") == "error":
+                    raise self._connection.failed(data)
+                for choice in data.get("choices") or ():
+                    tokens = (choice.get("logprobs") or {}).get("tokens") or ()
+                    named = named and (bool(tokens) or not choice.get("text"))
+                    named = named and all(str(token).startswith(_ID) for token in tokens)
+        return named
 
     async def texts(self, ids: Sequence[int]) -> list[str | None]:
         """Return the text of each token; None where its bytes are no text on their own."""

@@ -20,7 +20,7 @@ from agent.loaded import LoadedModel, prepare
 from agent.types import Chat, CompletionRequest, Document, Message
 from tests.agent.test_engine_host import guard
 from tests.fakes import SPECIALS, FakeClock, FakeVllm, decode, scripted
-from tests.fault_server import MODEL, FaultServer, answer, cut_after, texts
+from tests.fault_server import MODEL, Exchange, FaultServer, answer, cut_after, status, texts
 
 NASTY = "".join(SPECIALS)
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
@@ -205,7 +205,8 @@ async def test_vllm_is_asked_by_token_ids(server: FaultServer) -> None:
     assert done.generation is not None
     assert done.generation.exact
     assert all(-10 < logp < 0 for logp in done.generation.output_logps)
-    bodies = server.bodies(COMPLETIONS)
+    probe, *bodies = server.bodies(COMPLETIONS)
+    assert (decode(probe["prompt"]), probe["max_tokens"]) == ("x", 1)  # nothing of the user's
     assert decode(bodies[0]["prompt"]).startswith("<|fim_prefix|>def add")
     assert bodies[0]["repetition_penalty"] == bodies[0]["top_p"] == 1.0  # whatever the model's own settings say
     assert max(body["logprobs"] for body in bodies) == 20  # it refuses more
@@ -414,4 +415,44 @@ async def test_who_types_steadily_still_asks_which_model_it_is(
         for _ in range(7):
             clock.now += 10
             await run(engine, GenerationRequest((97,), 4))
+    await engine.close()
+
+
+@pytest.mark.parametrize("names", [["pass"], ["12"], None])
+async def test_a_server_that_tokenises_like_vllm_and_names_no_tokens_is_one_of_text(
+    server: FaultServer, names: list[str] | None
+) -> None:
+    FakeVllm(server)
+
+    async def nameless(exchange: Exchange) -> None:
+        logprobs = {"tokens": names, "token_logprobs": [-0.1], "top_logprobs": [{"a": -0.1}]} if names else None
+        await exchange.begin_stream()
+        await exchange.event({"choices": [{"text": "pass", "logprobs": logprobs, "finish_reason": "length"}]})
+        await exchange.end_stream()
+
+    server.usual[COMPLETIONS] = nameless
+    engine = await loaded(server)
+    assert engine.dialect.name == "text"
+    done = await complete(await prepare(local(), engine), request("a = "))
+    assert done.completion.text == "pass"
+    await engine.close()
+
+
+@pytest.mark.parametrize("code", [400, 404, 422])
+async def test_a_server_that_tokenises_and_takes_no_ids_is_one_of_text(server: FaultServer, code: int) -> None:
+    FakeVllm(server)
+    server.usual[COMPLETIONS] = status(code)
+    engine = await loaded(server)
+    assert engine.dialect.name == "text"
+    await engine.close()
+
+
+@pytest.mark.parametrize("code", [401, 403])
+async def test_a_token_that_is_good_for_models_and_not_for_tokenising_means_no_route(
+    server: FaultServer, code: int
+) -> None:
+    server.usual |= {"/tokenize": status(code), COMPLETIONS: texts("x")}
+    engine = await loaded(server)
+    assert engine.dialect.name == "text"
+    assert said(await run(engine, GenerationRequest((1,), 4))) == "x"
     await engine.close()
