@@ -34,7 +34,8 @@ class LlamaServer:
         body = {"content": text, "add_special": False, "parse_special": special, "with_pieces": True}
         answer = await self._connection.post("/tokenize", body)
         return [
-            Token(int(item["id"]), item["piece"] if isinstance(item["piece"], str) else None) for item in answer["tokens"]
+            Token(int(item["id"]), item["piece"] if isinstance(item["piece"], str) else None)
+            for item in answer["tokens"]
         ]
 
     async def start_ids(self) -> tuple[int, ...]:

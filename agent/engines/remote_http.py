@@ -1,7 +1,6 @@
 """The line to a remote server: requests, streams of events, patience, second tries, and errors that give nothing away.
 
-Knows HTTP, no models and no routes. Of a server's refusal of a request that holds text of the user's, only codes that
-are known are told: messages quote requests, and errors go into logs.
+Knows HTTP, no models and no routes. What may be told of a server's refusal is in `refusals.py`.
 
 Invariants: a request that cannot be answered ends within the set times, whatever the server does; the token goes to the
 configured server alone (no redirect is followed, no proxy of the environment used unless asked) and into no message;
@@ -22,7 +21,7 @@ import tenacity
 
 from agent import remote_server
 from agent.config import RemoteSettings
-from agent.engines import sse
+from agent.engines import refusals, sse
 from agent.errors import ConfigError, ModelChangedError, RemoteError
 from agent.version import __version__
 
@@ -32,21 +31,6 @@ _END_S = 0.05  # it comes with the last event or right behind it
 _KEEP_S = 4.0  # for an idle connection: uvicorn, which vLLM runs on, closes them after 5 s
 _AGAIN = frozenset({429, 500, 502, 503, 504})
 _BODY_BYTES = 8 << 20  # of a whole answer: 30 KB of text as tokens with their texts have half a megabyte
-_REASON_BYTES = 1 << 16  # of a refusal's body
-_REASON_CHARS = 200  # of it in a message of one line
-_CODES = frozenset(
-    # OpenAI's, and of those that followed it.
-    "invalid_request_error authentication_error permission_error not_found_error rate_limit_error rate_limit_exceeded "
-    "insufficient_quota server_error internal_error api_error overloaded_error timeout_error model_not_found invalid_api_key "
-    "context_length_exceeded unsupported_parameter "
-    # llama-server's.
-    "unavailable_error not_supported_error exceed_context_size_error "
-    # vLLM's.
-    "BadRequestError NotFoundError InternalServerError NotImplementedError UnprocessableEntityError".split()
-)
-"""Kinds of refusals that may be told. Any other word may be an identifier of the user's, or the token."""
-_KINDS = frozenset({"application/json", "application/x-ndjson", "application/problem+json", "text/html", "text/plain"})
-"""Kinds of contents that may be told, for the same reason."""
 _AUTHORIZATION = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 
 
@@ -131,9 +115,8 @@ class Connection:
         until = self._now() + self._settings.first_s
         answer = await self._opened("POST", path, body, until, private=True)
         try:
-            kind = answer.content_type
-            if kind != "text/event-stream":
-                told = kind if kind in _KINDS else "something else"
+            if answer.content_type != "text/event-stream":
+                told = refusals.kind(answer.content_type)
                 raise RemoteError(
                     f"{self.where}{path} answered with {told}, not with a stream; is it an OpenAI server?"
                 )
@@ -165,7 +148,7 @@ class Connection:
 
     def failed(self, fields: Any) -> RemoteError:
         """Return the error for one that the server reports within a stream."""
-        return RemoteError(f"{self.where} failed{_codes(fields)}; see the server's log")
+        return RemoteError(f"{self.where} failed{refusals.codes(fields)}; see the server's log")
 
     def _let_go(self) -> ModelChangedError:
         # Closed by us, under a request of somebody who began before: what he knows of the model is void.
@@ -254,8 +237,8 @@ class Connection:
                     f"{self.where}{path} sends on to another address ({status}), which is not followed; set remote.url to it",
                     status,
                 )
-            fields = await _refusal(answer)
-            told = _codes(fields) if private else self._reason(fields)
+            fields = await refusals.read(answer)
+            told = refusals.codes(fields) if private else refusals.reason(fields, self._token)
             wait_s = _seconds(answer.headers.get("Retry-After", ""))
         finally:
             answer.close()
@@ -312,16 +295,6 @@ class Connection:
             raise RemoteError(f"{self.where} sent {len(data)} bytes that are no JSON object; is it an OpenAI server?")
         return found
 
-    def _reason(self, fields: Any) -> str:
-        inner = fields.get("error", fields) if isinstance(fields, dict) else None
-        said = inner.get("message") if isinstance(inner, dict) else inner
-        if not isinstance(said, str) or not said.strip():
-            return ""
-        text = " ".join("".join(sign if sign.isprintable() else " " for sign in said).split())
-        if self._token:
-            text = text.replace(self._token, "…")
-        return f": {text[:_REASON_CHARS]}"
-
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
@@ -341,25 +314,6 @@ def _proxy(settings: RemoteSettings) -> str | None:
             f"the environment's proxy speaks {scheme}, and only http and https are spoken here; set remote.proxy to none"
         )
     return found
-
-
-async def _refusal(answer: aiohttp.ClientResponse) -> Any:
-    received = b""
-    try:
-        while len(received) < _REASON_BYTES and (part := await answer.content.readany()):
-            received += part
-        return json.loads(received[:_REASON_BYTES])
-    except (aiohttp.ClientError, ValueError, RecursionError):
-        return None  # the status says what there is to say
-
-
-def _codes(fields: Any) -> str:
-    inner = fields.get("error", fields) if isinstance(fields, dict) else None
-    if not isinstance(inner, dict):
-        return ""
-    words = [inner.get(name) for name in ("type", "code")]
-    told = [word for word in words if isinstance(word, str) and word in _CODES]
-    return f", {', '.join(dict.fromkeys(told))}" if told else ""
 
 
 def _seconds(text: str) -> float:

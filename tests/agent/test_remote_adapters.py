@@ -105,7 +105,11 @@ async def test_one_for_another_base_is_refused(world: World, server: FaultServer
 
 @pytest.mark.parametrize(
     ("named", "told"),
-    [("", "remote.base is not set"), ("starter", "tabwise models pull starter"), ("no-such", "unknown model 'no-such'")],
+    [
+        ("", "remote.base is not set"),
+        ("starter", "tabwise models pull starter"),
+        ("no-such", "unknown model 'no-such'"),
+    ],
 )
 async def test_a_base_that_is_not_here_is_named(
     world: World, server: FaultServer, base: Path, named: str, told: str

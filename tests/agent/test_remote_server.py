@@ -89,7 +89,9 @@ def proxied(monkeypatch: pytest.MonkeyPatch, proxy: str, url: str) -> RemoteSett
     return settings(url=url, proxy="environment")
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://[::1]:8000", "http://localhost:3", "http://[::ffff:127.0.0.1]"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:1", "http://[::1]:8000", "http://localhost:3", "http://[::ffff:127.0.0.1]"]
+)
 def test_this_machine_is_never_reached_through_a_proxy(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     asked = proxied(monkeypatch, "http://proxy.example:3128", url)
     assert remote_server.proxy(asked) is None
