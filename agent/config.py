@@ -84,7 +84,10 @@ class EngineSettings(_Section):
         "those that were used longest ago are given up.",
     )
     unload_after_s: int = Field(
-        900, ge=0, le=604_800, description="Seconds without a request after which the model leaves memory; 0 for never."
+        900,
+        ge=0,
+        le=604_800,
+        description="Seconds without a request after which the model leaves memory; 0 for never. One on a server has none here.",
     )
 
 
@@ -160,7 +163,11 @@ class RemoteSettings(_Section):
         description="Address of an OpenAI-compatible server (vLLM, llama-server, Ollama), with or without `/v1`: "
         '"http://127.0.0.1:8000". No user, password or token in it.',
     )
-    model: str = Field("", max_length=512, description="Name of the model there; empty for the first one it lists.")
+    model: str = Field(
+        "",
+        max_length=512,
+        description="Name of the model there. May be empty where it lists one alone; where it lists several, one must be named.",
+    )
     base: str = Field(
         "",
         max_length=512,

@@ -21,7 +21,7 @@ from agent import catalog, machine, remote_server, served_plan
 from agent.catalog import LocalModel
 from agent.config import EngineSettings, Settings
 from agent.engines.base import Engine
-from agent.errors import EngineError, MemoryFullError, TabwiseError, UnknownModelError
+from agent.errors import AdapterError, EngineError, MemoryFullError, ModelError, TabwiseError, UnknownModelError
 from agent.memory import Device
 
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft")
@@ -173,6 +173,26 @@ def find(settings: Settings) -> LocalModel:
     remote_server.root(settings.remote)
     fmt = None if settings.remote.fim == "auto" else settings.remote.fim
     return LocalModel(model_name(settings), Path(), catalog.REMOTE, fmt, 0, "")
+
+
+def adapters_base(settings: Settings, model: LocalModel) -> LocalModel:
+    """Return the model whose files tell what `model` is: it itself, or what `remote.base` names of one that is elsewhere.
+
+    Raises:
+        AdapterError: Nobody knows what is served there.
+    """
+    if model.format != catalog.REMOTE:
+        return model
+    name = settings.remote.base
+    if not name:
+        raise AdapterError(
+            "remote.base is not set, so nobody knows whether an adapter fits; set it to the served model's name in "
+            "tabwise models list"
+        )
+    try:
+        return catalog.find(name)
+    except ModelError as error:
+        raise AdapterError(f"remote.base is {name!r}, against which adapters are held, but {error}") from None
 
 
 class EngineLoader:

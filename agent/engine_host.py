@@ -106,10 +106,14 @@ class EngineHost:
             yield HostState.READY
 
     async def watch(self) -> None:
-        """Unload the model whenever it was not used for long enough; runs until cancelled."""
+        """Unload the model whenever it was not used for long enough; runs until cancelled.
+
+        One that is elsewhere stays: it takes no memory here, and its server would lose our adapters.
+        """
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            if self._loaded and self._unload_after_s and self.idle_s >= self._unload_after_s:
+            here = self._loaded is not None and self._loaded.model.format != catalog.REMOTE
+            if here and self._unload_after_s and self.idle_s >= self._unload_after_s:
                 try:
                     await self.unload()
                 except Exception:  # a GPU's driver may fail at freeing, too; the next model is unloaded all the same

@@ -1,6 +1,6 @@
 """What the settings say of a remote server: where it is, whether text leaves this machine for it, and its token.
 
-Reads the settings, one file and one variable of the environment; connects to nothing (`engines/remote_http.py` does) and
+Reads the settings, one file, and the environment: a token's variable and the proxies'. Connects to nothing (`engines/remote_http.py` does) and
 knows no protocol.
 """
 
@@ -11,6 +11,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from agent.config import RemoteSettings
 from agent.errors import ConfigError
@@ -36,9 +37,24 @@ def is_here(settings: RemoteSettings) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False  # a name: where it leads is decided elsewhere, and may change
+    mapped = getattr(address, "ipv4_mapped", None)  # ::ffff:127.0.0.1
+    return (mapped or address).is_loopback
+
+
+def proxy(settings: RemoteSettings) -> str | None:
+    """Return the proxy on the way to the server; None where there is none. May hold a password: never show it whole.
+
+    This machine's own addresses are always reached directly: behind a proxy they would be the proxy's.
+    """
+    if settings.proxy != "environment" or is_here(settings):
+        return None
+    parts = urlsplit(settings.url)
+    host = parts.netloc.rpartition("@")[2]
+    found = None if proxy_bypass(host) else getproxies().get(parts.scheme)
+    return found if not found or "://" in found else f"http://{found}"
 
 
 def exposure(settings: RemoteSettings) -> str:
@@ -47,7 +63,9 @@ def exposure(settings: RemoteSettings) -> str:
     if is_here(settings):
         return f"text is sent to {where}, on this machine"
     read = "" if urlsplit(settings.url).scheme == "https" else ", unencrypted"
-    return f"text leaves this machine: it is sent to {where}{read}"
+    by = proxy(settings)
+    through = f", through the proxy {urlsplit(by).netloc.rpartition('@')[2]}" if by else ""
+    return f"text leaves this machine: it is sent to {where}{read}{through}"
 
 
 def token(settings: RemoteSettings, environment: Mapping[str, str] = os.environ) -> str | None:

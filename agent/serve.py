@@ -16,6 +16,7 @@ import secrets
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -128,7 +129,8 @@ async def _run(settings: Settings, runtime: Path, load: Load | None) -> None:
         for server in servers:
             server.should_exit = True
 
-    daemon = Daemon(settings, host, ServedAdapters(host, state / "adapters.json"), stop, engine=loader.told)
+    adapters = ServedAdapters(host, state / "adapters.json", partial(engine_choice.adapters_base, settings))
+    daemon = Daemon(settings, host, adapters, stop, engine=loader.told)
     app = create_app(daemon)
     sockets: list[tuple[ASGIApp, socket.socket]] = []
     if hasattr(socket, "AF_UNIX"):

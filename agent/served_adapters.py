@@ -12,13 +12,14 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agent import adapters, base_facts, paths
+from agent.catalog import LocalModel
 from agent.engine_host import EngineHost
 from agent.engines.base import Adapter, Task
 from agent.errors import AdapterError, TabwiseError
@@ -47,13 +48,17 @@ class Served:
 class ServedAdapters:
     """The adapters of a daemon."""
 
-    def __init__(self, host: EngineHost, record: Path) -> None:
+    def __init__(
+        self, host: EngineHost, record: Path, base: Callable[[LocalModel], LocalModel] = lambda model: model
+    ) -> None:
         """Take up what was wanted before.
 
         Args:
             host: The model; it serves what is wanted as soon as it is loaded.
             record: File in which what is wanted is remembered.
+            base: Tells whose files an adapter is held against; a model that is elsewhere has none. May take seconds.
         """
+        self._base = base
         self._host = host
         self._record = record
         self._tasks = _remembered(record)
@@ -142,7 +147,8 @@ class ServedAdapters:
         if folder is None:
             return Served()
         try:
-            facts = await asyncio.to_thread(base_facts.of, loaded.model, loaded.fim)
+            base = await asyncio.to_thread(self._base, loaded.model)
+            facts = await asyncio.to_thread(base_facts.of, base, loaded.fim)
             return Served(folder, await asyncio.to_thread(adapters.inspect, folder, facts))
         except TabwiseError:
             raise

@@ -159,7 +159,7 @@ def answer(data: Any) -> Behaviour:
 
 def status(code: int, message: str = "no", **headers: str) -> Behaviour:
     """Refuse, as OpenAI's API does."""
-    body = json.dumps({"error": {"message": message, "type": "some_error", "code": code}}).encode()
+    body = json.dumps({"error": {"message": message, "type": "invalid_request_error", "code": code}}).encode()
     return lambda exchange: exchange.reply(
         code, body, headers={name.replace("_", "-"): value for name, value in headers.items()}
     )

@@ -5,12 +5,26 @@ llama-server and one for vLLM, whose extensions name every token, and one for al
 Knows no HTTP and no settings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-from agent.engines.base import Decoded, Event, GenerationRequest, Token
+from agent.engines.base import Decoded, Event, GenerationRequest, Prefilled, Token
 from agent.errors import RemoteError
 from agent.types import Chat, Message
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """Read an answer within it: where that has another form than it should, that is the server's error.
+
+    Raises:
+        RemoteError: It has.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise RemoteError(f"the server's answer has another form than expected ({type(error).__name__})") from None
 
 
 class Reader:
@@ -22,6 +36,7 @@ class Reader:
         self.cached_tokens = 0
         """Of the prompt, as far as the server tells."""
         self.decoded_tokens = 0
+        self._read_tokens = 0
         self.reason: str | None = None
         """Why the answer ended; None before it has."""
 
@@ -31,16 +46,21 @@ class Reader:
         Raises:
             RemoteError: It is none of this dialect's.
         """
-        try:
+        with understood():
             self._usage(data.get("usage"))
             choices = data.get("choices") or ()
             events = await self._choice(choices[0], data) if choices else await self._rest(data)
             if choices and choices[0].get("finish_reason"):
                 self.reason = str(choices[0]["finish_reason"])
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise RemoteError(f"the server's answer has another form than expected ({type(error).__name__})") from None
-        self.decoded_tokens += sum(len(event.ids) for event in events if isinstance(event, Decoded))
+            self.decoded_tokens += sum(len(event.ids) for event in events if isinstance(event, Decoded))
+            read = (event.done_tokens for event in events if isinstance(event, Prefilled))
+            self._read_tokens = max((self._read_tokens, *read))
         return events
+
+    @property
+    def progress(self) -> int:
+        """How much the answer has brought: it grows with tokens read or written, and at the end."""
+        return self._read_tokens + self.decoded_tokens + (self.reason is not None)
 
     def _usage(self, usage: Any) -> None:
         if isinstance(usage, dict):

@@ -34,13 +34,14 @@ class LlamaServer:
         body = {"content": text, "add_special": False, "parse_special": special, "with_pieces": True}
         answer = await self._connection.post("/tokenize", body)
         return [
-            Token(item["id"], item["piece"] if isinstance(item["piece"], str) else None) for item in answer["tokens"]
+            Token(int(item["id"]), item["piece"] if isinstance(item["piece"], str) else None)
+            for item in answer["tokens"]
         ]
 
     async def start_ids(self) -> tuple[int, ...]:
         """Return the ids with which every prompt begins."""
         answer = await self._connection.post("/tokenize", {"content": "", "add_special": True})
-        return tuple(answer["tokens"])
+        return tuple(int(each) for each in answer["tokens"])
 
     async def chat_ids(self, chat: Chat) -> tuple[int, ...]:
         """Return the prompt for a chat, in the model's own template."""

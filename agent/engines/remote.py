@@ -15,6 +15,7 @@ from typing import Any
 
 from agent import fim, remote_server
 from agent.config import EngineSettings, RemoteSettings
+from agent.engines import dialects
 from agent.engines.base import Adapter, Decoded, Event, Finished, GenerationRequest, Prefilled, Task, Token
 from agent.engines.dialects import Dialect
 from agent.engines.llama_server import LlamaServer
@@ -27,15 +28,18 @@ from agent.errors import AdapterError, ConfigError, ModelChangedError, PromptToo
 from agent.types import Chat
 
 _SURE_S = 60.0
-"""For so long after an answer the server is taken to serve the same model; asking costs a round trip."""
+"""For so long after it was asked the server is taken to serve the same model; asking costs a round trip."""
 _NO_ROUTE = {
+    # With a token that was good for /v1/models; a gateway lets it through to the routes of OpenAI's API alone.
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.FORBIDDEN,
     HTTPStatus.BAD_REQUEST,
     HTTPStatus.NOT_FOUND,
     HTTPStatus.METHOD_NOT_ALLOWED,
     HTTPStatus.UNPROCESSABLE_ENTITY,
     HTTPStatus.NOT_IMPLEMENTED,
 }
-"""How servers say that they do not tokenise."""
+"""How servers say that they do not tokenise, or take no token ids."""
 _LOOSE = 8  # ids that spell text are cut finer than a model's: a token of theirs may be a line of dashes
 _TOLD_NAMES, _NAME_CHARS = 8, 80  # of a server's models, in a message of one line
 
@@ -97,17 +101,20 @@ class RemoteEngine:
     async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
         """Return the tokens of `text`."""
         async with self._asking():
-            return await self.dialect.tokenize(text, special=special)
+            with dialects.understood():
+                return await self.dialect.tokenize(text, special=special)
 
     async def start_ids(self) -> tuple[int, ...]:
         """Return the ids with which every prompt begins."""
         async with self._asking():
-            return await self.dialect.start_ids()
+            with dialects.understood():
+                return await self.dialect.start_ids()
 
     async def chat_ids(self, chat: Chat) -> tuple[int, ...]:
         """Return the prompt for a chat."""
         async with self._asking():
-            return await self.dialect.chat_ids(chat)
+            with dialects.understood():
+                return await self.dialect.chat_ids(chat)
 
     def held(self, prompt_ids: tuple[int, ...], adapter: str | None = None) -> int:
         """Return how many tokens of a completion's prompt the server was asked about lately; others may push them out."""
@@ -115,11 +122,8 @@ class RemoteEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Continue a prompt."""
-        model = self.model
-        if request.adapter is not None:
-            if request.adapter not in self._adapters.served:
-                raise AdapterError(f"the adapter {request.adapter!r} is not attached; attach it first")
-            model = request.adapter
+        if request.adapter is not None and request.adapter not in self._adapters.served:
+            raise AdapterError(f"the adapter {request.adapter!r} is not attached; attach it first")
         needed = len(request.prompt_ids) + request.max_tokens
         if needed > self.context_tokens:
             raise PromptTooLongError(
@@ -129,18 +133,34 @@ class RemoteEngine:
         slot = None
         if request.task is Task.COMPLETION:
             slot, _ = self._slots.choose(request.prompt_ids, request.adapter, ahead=request.ahead)
-        async with self._asking(), aclosing(self._stream(request, model)) as events:
+        async with self._asking(), aclosing(self._answered(request)) as events:
             async for event in events:
                 if slot is not None and isinstance(event, Prefilled):
                     self._slots.read(slot, event.done_tokens)
                 if request.max_tokens or not isinstance(event, Decoded):
                     yield event
 
+    async def _answered(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Ask; once more where the server has lost the adapter, as by a new start. No event came before a refusal."""
+        try:
+            async with aclosing(self._stream(request, request.adapter or self.model)) as events:
+                async for event in events:
+                    yield event
+            return
+        except RemoteError as error:
+            if request.adapter is None or error.status != HTTPStatus.NOT_FOUND:
+                raise
+        await self._same_model()
+        await self._adapters.again(request.adapter)
+        async with aclosing(self._stream(request, request.adapter)) as events:
+            async for event in events:
+                yield event
+
     async def _stream(self, request: GenerationRequest, model: str) -> AsyncGenerator[Event, None]:
         path, body = self.dialect.asked(request, model)
         reader = self.dialect.reader(request)
         most = max(1, request.max_tokens) * (1 if self.dialect.exact else _LOOSE)
-        async with aclosing(self._connection.stream(path, body)) as chunks:
+        async with aclosing(self._connection.stream(path, body, lambda: reader.progress)) as chunks:
             async for data in chunks:
                 if data.get("error") or data.get("object") == "error":
                     raise self._connection.failed(data)
@@ -178,18 +198,25 @@ class RemoteEngine:
             yield
         except RemoteError as error:
             self._sure_until = 0.0
-            if error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
-                raise ModelChangedError(f"{error}; it may be another server now, ask again") from None
-            raise
-        self._sure_until = time.monotonic() + _SURE_S
+            if error.status not in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+                raise
+            await self._same_model(kind=self.dialect.exact)
+            raise RemoteError(
+                f"{error}, and yet it serves {self.model!r} as before; ask a server that has this route",
+                error.status,
+            ) from None
 
-    async def _same_model(self) -> None:
+    async def _same_model(self, *, kind: bool = False) -> None:
+        """Raise where the server has another model than before; with `kind`, also where it is another kind of server."""
         try:
             card = await _card(self._connection, self.model)
         except _NotServedError as error:
             raise ModelChangedError(str(error)) from None
         if _identity(card) != _identity(self._card):
             raise ModelChangedError(f"{self._connection.where} serves another model than before; ask again")
+        if kind and (await _dialect(self._connection, card, "auto")).name != self.dialect.name:
+            raise ModelChangedError(f"{self._connection.where} is another kind of server than before; ask again")
+        self._sure_until = time.monotonic() + _SURE_S
 
 
 class _NotServedError(RemoteError):
@@ -235,8 +262,21 @@ async def _dialect(connection: Connection, card: dict[str, Any], fmt: str) -> Di
         meta = card.get("meta")
         return LlamaServer(connection, _count(meta.get("n_ctx")) if isinstance(meta, dict) else None)
     if isinstance(tokens, list) and tokens and isinstance(tokens[0], int) and "max_model_len" in found:
-        return Vllm(connection, model, _count(found["max_model_len"]))
+        vllm = Vllm(connection, model, _count(found["max_model_len"]))
+        if await _names_tokens(vllm, tokens):
+            return vllm
     return TextServer(fim.FORMATS.get(fmt, fim.SUFFIX))
+
+
+async def _names_tokens(vllm: Vllm, ids: list[int]) -> bool:
+    # Others have vLLM's route of the name and tell texts, by which no token can be learned from or gone on with.
+    try:
+        with dialects.understood():
+            return await vllm.names_tokens(ids)
+    except RemoteError as error:
+        if error.status not in _NO_ROUTE:
+            raise
+        return False
 
 
 def _count(value: Any) -> int | None:

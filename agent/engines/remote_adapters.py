@@ -9,7 +9,7 @@ Invariant: only adapters that this engine loaded are unloaded by it.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import PurePosixPath
 
@@ -31,8 +31,8 @@ class RemoteAdapters:
         self._connection = connection
         self._settings = settings
         self._takes = takes
-        self.served: frozenset[str] = frozenset()
-        """Names of the adapters that requests may name."""
+        self.served: Mapping[str, Adapter] = {}
+        """The adapters that requests may name, by name."""
         self._ours: set[str] = set()
 
     async def attach(self, adapters: Sequence[Adapter]) -> None:
@@ -57,15 +57,29 @@ class RemoteAdapters:
             for name in new:
                 await self._unload(name)
             raise
-        self.served = frozenset(adapter.name for adapter in adapters)
+        self.served = {adapter.name: adapter for adapter in adapters}
         self._ours.update(new)
-        for name in sorted(self._ours - self.served):
+        for name in sorted(self._ours - self.served.keys()):
             await self._unload(name)
             self._ours.discard(name)
 
+    async def again(self, name: str) -> None:
+        """Serve one that the server has lost.
+
+        Raises:
+            AdapterError: The server takes none, or refuses it.
+            RemoteError: It cannot be reached.
+        """
+        there = await self._there()
+        adapter = self.served.get(name)
+        if adapter is None:
+            raise AdapterError(f"the adapter {name!r} is not attached any more; ask again")
+        if name not in there and await self._load(adapter):
+            self._ours.add(name)
+
     async def release(self) -> None:
         """Unload what this engine loaded."""
-        ours, self._ours, self.served = sorted(self._ours), set(), frozenset()
+        ours, self._ours, self.served = sorted(self._ours), set(), {}
         try:
             async with asyncio.timeout(_RELEASE_S):
                 for name in ours:

@@ -1,7 +1,6 @@
 """The line to a remote server: requests, streams of events, patience, second tries, and errors that give nothing away.
 
-Knows HTTP, no models and no routes. Of a server's refusal of a request that holds text of the user's, only its identifiers
-are told: messages quote requests, and errors go into logs.
+Knows HTTP, no models and no routes. What may be told of a server's refusal is in `refusals.py`.
 
 Invariants: a request that cannot be answered ends within the set times, whatever the server does; the token goes to the
 configured server alone (no redirect is followed, no proxy of the environment used unless asked) and into no message;
@@ -12,20 +11,18 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import tenacity
-from yarl import URL
 
 from agent import remote_server
 from agent.config import RemoteSettings
-from agent.engines import sse
-from agent.errors import RemoteError
+from agent.engines import refusals, sse
+from agent.errors import ConfigError, ModelChangedError, RemoteError
 from agent.version import __version__
 
 _TRIES = 3  # a server that restarts behind a balancer is back at the second; somebody waits for each
@@ -34,9 +31,6 @@ _END_S = 0.05  # it comes with the last event or right behind it
 _KEEP_S = 4.0  # for an idle connection: uvicorn, which vLLM runs on, closes them after 5 s
 _AGAIN = frozenset({429, 500, 502, 503, 504})
 _BODY_BYTES = 8 << 20  # of a whole answer: 30 KB of text as tokens with their texts have half a megabyte
-_REASON_BYTES = 1 << 16  # of a refusal's body
-_REASON_CHARS = 200  # of it in a message of one line
-_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,39}")  # an identifier, which quotes nobody's text
 _AUTHORIZATION = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 
 
@@ -68,7 +62,9 @@ class Connection:
         headers = {"User-Agent": f"tabwise/{__version__}", "Accept-Encoding": "identity"}
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        self._proxy = _proxy_for(URL(self.where)) if settings.proxy == "environment" else None
+        self._proxy = _proxy(settings)
+        self._patience: set[asyncio.Timeout] = set()
+        """Of everybody who waits."""
         self._http = aiohttp.ClientSession(
             headers=headers,
             connector=aiohttp.TCPConnector(keepalive_timeout=_KEEP_S),
@@ -103,8 +99,15 @@ class Connection:
         """
         await self._whole("POST", path, body, private=False)
 
-    async def stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def stream(
+        self, path: str, body: dict[str, Any], progress: Callable[[], int]
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the events of a streamed answer; closing it closes the connection, which is the cancel.
+
+        Args:
+            path: The route.
+            body: The request.
+            progress: Tells how much the events so far have brought; one that brought nothing renews no patience.
 
         Raises:
             RemoteError: The server refuses, breaks off, or says nothing in time.
@@ -112,27 +115,30 @@ class Connection:
         until = self._now() + self._settings.first_s
         answer = await self._opened("POST", path, body, until, private=True)
         try:
-            kind = answer.content_type
-            if kind != "text/event-stream":
-                told = kind if _WORD.fullmatch(kind.replace("/", "-")) else "something else"
+            if answer.content_type != "text/event-stream":
+                told = refusals.kind(answer.content_type)
                 raise RemoteError(
                     f"{self.where}{path} answered with {told}, not with a stream; is it an OpenAI server?"
                 )
-            events, patience = sse.Events(), self._settings.first_s
+            events, patience, brought = sse.Events(), self._settings.first_s, progress()
             while received := await self._received(answer, until, patience):
                 for data in self._data(events, received):
                     if data == b"[DONE]":
                         await self._end(answer)
                         return
                     yield self._object(data)
-                    patience = self._settings.between_s
-                    until = self._now() + patience
+                    if progress() > brought:
+                        brought, patience = progress(), self._settings.between_s
+                        until = self._now() + patience
         finally:
             answer.close()
 
     async def close(self) -> None:
-        """Close what is open."""
+        """Close what is open; who waits for an answer is told to ask again."""
         await self._http.close()
+        for patience in self._patience:  # aiohttp tells them nothing
+            if not patience.expired():
+                patience.reschedule(self._now())
 
     def broke_off(self, what: str = "") -> RemoteError:
         """Return the error for an answer that has no end."""
@@ -142,7 +148,11 @@ class Connection:
 
     def failed(self, fields: Any) -> RemoteError:
         """Return the error for one that the server reports within a stream."""
-        return RemoteError(f"{self.where} failed{_identifiers(fields)}; see the server's log")
+        return RemoteError(f"{self.where} failed{refusals.codes(fields)}; see the server's log")
+
+    def _let_go(self) -> ModelChangedError:
+        # Closed by us, under a request of somebody who began before: what he knows of the model is void.
+        return ModelChangedError(f"{self.where} was let go of meanwhile, since it serves another model; ask again")
 
     async def _end(self, answer: aiohttp.ClientResponse) -> None:
         """Wait for the end of the body behind the last event, so that the connection can be used again."""
@@ -191,6 +201,8 @@ class Connection:
 
     async def _asked(self, method: str, path: str, body: dict[str, Any] | None) -> aiohttp.ClientResponse:
         headers = {} if self.keeps_open else {"Connection": "close"}
+        if self._http.closed:
+            raise self._let_go()
         try:
             return await self._http.request(
                 method, self.where + path, json=body, headers=headers, allow_redirects=False, proxy=self._proxy
@@ -206,10 +218,14 @@ class Connection:
                 "your authority's"
             ) from None
         except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            if self._http.closed:
+                raise self._let_go() from None
             reason = (getattr(error, "strerror", None) or type(error).__name__).strip()
             told = RemoteError(f"{self.where} cannot be reached ({reason}); check remote.url, and whether it runs")
             raise _AgainError(told) from None
         except aiohttp.ClientError as error:
+            if self._http.closed:
+                raise self._let_go() from None
             raise RemoteError(f"{self.where} does not speak HTTP as it should ({type(error).__name__})") from None
 
     async def _refuse(self, answer: aiohttp.ClientResponse, path: str, *, private: bool) -> None:
@@ -221,8 +237,8 @@ class Connection:
                     f"{self.where}{path} sends on to another address ({status}), which is not followed; set remote.url to it",
                     status,
                 )
-            fields = await _refusal(answer)
-            told = _identifiers(fields) if private else self._reason(fields)
+            fields = await refusals.read(answer)
+            told = refusals.codes(fields) if private else refusals.reason(fields, self._token)
             wait_s = _seconds(answer.headers.get("Retry-After", ""))
         finally:
             answer.close()
@@ -242,17 +258,25 @@ class Connection:
             async with self._within(until, patience_s):
                 return await answer.content.readany()
         except aiohttp.ClientError as error:
+            if self._http.closed:
+                raise self._let_go() from None
             raise self.broke_off(type(error).__name__) from None
 
     @asynccontextmanager
     async def _within(self, until: float, patience_s: float) -> AsyncGenerator[None, None]:
+        patience = asyncio.timeout_at(until)
         try:
-            async with asyncio.timeout_at(until):
+            async with patience:
+                self._patience.add(patience)
                 yield
         except TimeoutError:
+            if self._http.closed:
+                raise self._let_go() from None
             raise RemoteError(
                 f"{self.where} gave no answer for {patience_s:g} s; try again, or raise remote.first_s and remote.between_s"
             ) from None
+        finally:
+            self._patience.discard(patience)
 
     def _data(self, events: sse.Events, received: bytes) -> list[bytes]:
         try:
@@ -271,16 +295,6 @@ class Connection:
             raise RemoteError(f"{self.where} sent {len(data)} bytes that are no JSON object; is it an OpenAI server?")
         return found
 
-    def _reason(self, fields: Any) -> str:
-        inner = fields.get("error", fields) if isinstance(fields, dict) else None
-        said = inner.get("message") if isinstance(inner, dict) else inner
-        if not isinstance(said, str) or not said.strip():
-            return ""
-        text = " ".join("".join(sign if sign.isprintable() else " " for sign in said).split())
-        if self._token:
-            text = text.replace(self._token, "…")
-        return f": {text[:_REASON_CHARS]}"
-
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
@@ -291,28 +305,15 @@ def _pause(state: tenacity.RetryCallState) -> float:
     return max(jittered, failure.wait_s) if isinstance(failure, _AgainError) else jittered
 
 
-def _proxy_for(url: URL) -> str | None:
+def _proxy(settings: RemoteSettings) -> str | None:
     # Not aiohttp's `trust_env`: that one takes passwords from ~/.netrc as well, and sends them in our token's place.
-    return None if proxy_bypass(url.host or "") else getproxies().get(url.scheme)
-
-
-async def _refusal(answer: aiohttp.ClientResponse) -> Any:
-    received = b""
-    try:
-        while len(received) < _REASON_BYTES and (part := await answer.content.readany()):
-            received += part
-        return json.loads(received[:_REASON_BYTES])
-    except (aiohttp.ClientError, ValueError, RecursionError):
-        return None  # the status says what there is to say
-
-
-def _identifiers(fields: Any) -> str:
-    inner = fields.get("error", fields) if isinstance(fields, dict) else None
-    if not isinstance(inner, dict):
-        return ""
-    words = [inner.get(name) for name in ("type", "code")]
-    told = [word for word in words if isinstance(word, str) and _WORD.fullmatch(word)]
-    return f", {', '.join(dict.fromkeys(told))}" if told else ""
+    found = remote_server.proxy(settings)
+    scheme = found.partition(":")[0].lower() if found else "http"
+    if scheme not in ("http", "https"):
+        raise ConfigError(
+            f"the environment's proxy speaks {scheme}, and only http and https are spoken here; set remote.proxy to none"
+        )
+    return found
 
 
 def _seconds(text: str) -> float:

@@ -8,6 +8,7 @@ vLLM 0.32 on a CPU.
 
 import secrets
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any
 
 from agent.engines import chats, dialects, marks
@@ -80,7 +81,7 @@ class Vllm:
     async def _rendered(self, messages: Sequence[Message]) -> str:
         body = {"model": self._model, "messages": dialects.turns(messages), "add_generation_prompt": True}
         answer = await self._connection.post("/tokenize", body)
-        return await self._text(answer["tokens"])
+        return await self._text([int(one) for one in answer["tokens"]])
 
     def asked(self, request: GenerationRequest, model: str) -> tuple[str, dict[str, Any]]:
         """Return the route and the body that ask for a streamed answer."""
@@ -97,6 +98,24 @@ class Vllm:
     def reader(self, request: GenerationRequest) -> Reader:
         """Return what reads the answer."""
         return _VllmReader(self, request)
+
+    async def names_tokens(self, ids: Sequence[int]) -> bool:
+        """Have one token written behind `ids`, and tell whether the server takes ids and names what it writes by id.
+
+        Raises:
+            RemoteError: It does not take them, or fails.
+        """
+        path, body = self.asked(GenerationRequest(tuple(ids), 1, alternatives=1), self._model)
+        named = True
+        async with aclosing(self._connection.stream(path, body, lambda: 0)) as events:
+            async for data in events:
+                if "error" in data or data.get("object") == "error":
+                    raise self._connection.failed(data)
+                for choice in data.get("choices") or ():
+                    tokens = (choice.get("logprobs") or {}).get("tokens") or ()
+                    named = named and (bool(tokens) or not choice.get("text"))
+                    named = named and all(str(token).startswith(_ID) for token in tokens)
+        return named
 
     async def texts(self, ids: Sequence[int]) -> list[str | None]:
         """Return the text of each token; None where its bytes are no text on their own."""
@@ -140,7 +159,7 @@ class _VllmReader(Reader):
     async def _choice(self, choice: dict[str, Any], data: dict[str, Any]) -> list[Event]:
         del data
         told = choice.get("logprobs") or {}
-        ids = [int(token.removeprefix(_ID)) for token in told.get("tokens") or ()]
+        ids = [_named(token) for token in told.get("tokens") or ()]
         if not ids:
             return await self._rest_of_text(choice.get("text") or "")
         logps = [each if each is not None else 0.0 for each in told["token_logprobs"]]
@@ -175,8 +194,14 @@ class _VllmReader(Reader):
         if not told or not self._alternatives:
             return ()
         ranked = sorted(told.items(), key=lambda item: -item[1])[: self._alternatives]
-        ids = [int(name.removeprefix(_ID)) for name, _ in ranked]
+        ids = [_named(name) for name, _ in ranked]
         texts = await self._dialect.texts(ids)
         return tuple(
             Alternative(one, text or "", logp) for one, text, (_, logp) in zip(ids, texts, ranked, strict=True)
         )
+
+
+def _named(token: str) -> int:
+    if not token.startswith(_ID):
+        raise ValueError  # a text, which may well be a number
+    return int(token.removeprefix(_ID))

@@ -13,6 +13,17 @@ TEMPLATES = (
     "<s>",
     "</s>",
     "<start_of_turn>",
+    "<end_of_turn>",
+    "<fim-prefix>",
+    "<fim_pad>",
+    "<reponame>",
+    "<PRE>",
+    "<EOT>",
+    "[SUFFIX]",
+    "[PREFIX]",
+    "[MIDDLE]",
+    "<tool_call>",
+    "</tool_call>",
 )
 ALL = sorted(
     {
@@ -39,6 +50,14 @@ def test_every_known_mark_is_broken(mark: str) -> None:
         "a <| b |> c; if (x < y || y > z) {}",
         "use std::io; fn f<'a, T>(x: &'a T) -> Option<T> {}",
         "cat <file >out; echo <<EOF",
+        "std::vector<size_t> v; std::map<uint64_t, std::vector<my_type_t>> m; static_cast<ssize_t>(n)",
+        "int buf[N]; buf[MAX_SIZE] = table[ROWS][COLS]; grid[A][B_C]",
+        "let b: Box<[u8]> = x; fn f<K, V>() -> Vec<my_type> { a::<[u8]>(b) } const X: &[T] = &[];",
+        "List<K> ks; Map<KEY, VALUE> m; List<? extends E> es; Class<END> c;",
+        "const a: Array<string> = []; type P = Promise<snake_case>; x[KEY] as Record<K, V>; Set<EOD>",
+        "#include <sys_types.h>\n#include <my_header>",
+        "<my_component></my_component><Foo/>",
+        "if [[ $A == B ]]; then echo ${A[I]} [OPTIONS]; fi",
     ],
 )
 def test_code_is_left_as_it_stands(code: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,12 @@ from agent.config import CompletionSettings, EngineSettings, RemoteSettings
 from agent.engine_host import EngineHost
 from agent.engines.base import Adapter, Decoded, Event, Finished, GenerationRequest, Prefilled, Task
 from agent.engines.remote import RemoteEngine
-from agent.errors import AdapterError, ModelChangedError
+from agent.errors import AdapterError, ModelChangedError, RemoteError
 from agent.loaded import LoadedModel, prepare
 from agent.types import Chat, CompletionRequest, Document, Message
 from tests.agent.test_engine_host import guard
-from tests.fakes import SPECIALS, FakeVllm, decode, scripted
-from tests.fault_server import MODEL, FaultServer, answer, cut_after, texts
+from tests.fakes import SPECIALS, FakeClock, FakeVllm, decode, scripted
+from tests.fault_server import MODEL, Exchange, FaultServer, answer, cut_after, status, texts
 
 NASTY = "".join(SPECIALS)
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
@@ -204,7 +205,8 @@ async def test_vllm_is_asked_by_token_ids(server: FaultServer) -> None:
     assert done.generation is not None
     assert done.generation.exact
     assert all(-10 < logp < 0 for logp in done.generation.output_logps)
-    bodies = server.bodies(COMPLETIONS)
+    probe, *bodies = server.bodies(COMPLETIONS)
+    assert (decode(probe["prompt"]), probe["max_tokens"]) == ("x", 1)  # nothing of the user's
     assert decode(bodies[0]["prompt"]).startswith("<|fim_prefix|>def add")
     assert bodies[0]["repetition_penalty"] == bodies[0]["top_p"] == 1.0  # whatever the model's own settings say
     assert max(body["logprobs"] for body in bodies) == 20  # it refuses more
@@ -373,3 +375,87 @@ async def test_a_model_that_took_the_place_of_another_is_understood_anew(server:
         assert (await complete(model, request("def add(a, b):\n    ret"))).completion.text == "urn 3"
     assert host.loads == 2
     await host.close()
+
+
+async def test_a_server_of_chats_alone_says_so_and_is_not_loaded_at_each_key(
+    server: FaultServer, tmp_path: Path
+) -> None:
+    server.usual[CHATS] = texts("fine")
+    host = EngineHost("remote", lambda _: loaded(server), guard(tmp_path), unload_after_s=0, find=lambda _: local())
+    for _ in range(3):
+        with pytest.raises(
+            RemoteError, match=r"status 404.*serves 'served' as before; ask a server that has this route"
+        ) as caught:
+            async with host.use() as model:
+                await complete(model, request("a = "))
+        assert not isinstance(caught.value, ModelChangedError)
+    assert host.loads == 1
+    await host.close()
+
+
+async def test_another_kind_of_server_for_the_same_model_is_understood_anew(server: FaultServer) -> None:
+    FakeVllm(server)
+    engine = await loaded(server)
+    del server.usual["/tokenize"]
+    with pytest.raises(ModelChangedError, match="another kind of server"):
+        await engine.tokenize("a")
+    await engine.close()
+
+
+async def test_who_types_steadily_still_asks_which_model_it_is(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr("agent.engines.remote.time", SimpleNamespace(monotonic=clock))
+    FakeVllm(server)
+    engine = await loaded(server)
+    for _ in range(25):
+        clock.now += 10
+        await run(engine, GenerationRequest((97,), 4))
+    asked = [one for one in server.asked if one.path == "/v1/models"]
+    assert len(asked) == 1 + 4  # at the load, and each minute
+    server.usual["/v1/models"] = answer({"data": [{"id": MODEL, "max_model_len": 7}]})
+    clock.now += 60
+    with pytest.raises(ModelChangedError):
+        await run(engine, GenerationRequest((97,), 4))
+    await engine.close()
+
+
+@pytest.mark.parametrize("names", [["pass"], ["12"], None])
+async def test_a_server_that_tokenises_like_vllm_and_names_no_tokens_is_one_of_text(
+    server: FaultServer, names: list[str] | None
+) -> None:
+    FakeVllm(server)
+
+    async def nameless(exchange: Exchange) -> None:
+        logprobs = {"tokens": names, "token_logprobs": [-0.1], "top_logprobs": [{"a": -0.1}]} if names else None
+        await exchange.begin_stream()
+        await exchange.event({"choices": [{"text": "pass", "logprobs": logprobs, "finish_reason": "length"}]})
+        await exchange.end_stream()
+
+    server.usual[COMPLETIONS] = nameless
+    engine = await loaded(server)
+    assert engine.dialect.name == "text"
+    done = await complete(await prepare(local(), engine), request("a = "))
+    assert done.completion.text == "pass"
+    await engine.close()
+
+
+@pytest.mark.parametrize("code", [400, 404, 422])
+async def test_a_server_that_tokenises_and_takes_no_ids_is_one_of_text(server: FaultServer, code: int) -> None:
+    FakeVllm(server)
+    server.usual[COMPLETIONS] = status(code)
+    engine = await loaded(server)
+    assert engine.dialect.name == "text"
+    await engine.close()
+
+
+@pytest.mark.parametrize("code", [401, 403])
+async def test_a_token_that_is_good_for_models_and_not_for_tokenising_means_no_route(
+    server: FaultServer, code: int
+) -> None:
+    server.usual |= {"/tokenize": status(code), COMPLETIONS: texts("x")}
+    engine = await loaded(server)
+    assert engine.dialect.name == "text"
+    assert said(await run(engine, GenerationRequest((1,), 4))) == "x"
+    await engine.close()

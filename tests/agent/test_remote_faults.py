@@ -17,6 +17,8 @@ from agent.engines import sse
 from agent.engines.base import Decoded, Event, Finished, GenerationRequest
 from agent.engines.remote import RemoteEngine
 from agent.errors import ConfigError, EngineError, ModelChangedError, PromptTooLongError, RemoteError
+from agent.types import Chat, Message
+from tests.fakes import FakeVllm
 from tests.fault_server import (
     MODEL,
     Behaviour,
@@ -127,9 +129,24 @@ async def test_a_server_that_asks_to_wait_longer_than_anybody_would_is_left_alon
     assert len(server.bodies(ROUTE)) == 1
 
 
+@pytest.mark.parametrize("place", ["type", "code"])
+@pytest.mark.parametrize("word", [SECRET, "myPrivateIdentifier", "password123"])
+async def test_a_word_in_a_codes_place_is_not_repeated(
+    engine: RemoteEngine, server: FaultServer, place: str, word: str
+) -> None:
+    refusal = json.dumps({"error": {"message": word, place: word}}).encode()
+    server.script[ROUTE] += [
+        lambda exchange: exchange.reply(400, refusal),
+        drip([b"data: " + refusal + b"\n\n"], 0),
+        lambda exchange: exchange.reply(200, b"", kind=f"{word}/x"),
+    ]
+    for match in ("status 400", "failed", "answered with something else"):
+        assert word not in str(await fails(engine, match))
+
+
 async def test_what_is_refused_for_good_is_not_tried_again(engine: RemoteEngine, server: FaultServer) -> None:
     server.usual[ROUTE] = status(400, f"bad request: {TEXT}")
-    await fails(engine, "refused the request with status 400, some_error")
+    await fails(engine, "refused the request with status 400, invalid_request_error")
     assert len(server.bodies(ROUTE)) == 1
 
 
@@ -138,6 +155,9 @@ SILENT: dict[str, tuple[Behaviour, float]] = {
     "behind the headers": (hang_after(), FIRST_S),
     "in the middle": (hang_after("one"), BETWEEN_S),
     "but for comments": (drip(repeat(b": keep-alive\n\n"), 0.05), FIRST_S),
+    "but for events of nothing": (drip(repeat(b"data: {}\n\n"), 0.05), FIRST_S),
+    "but for a flood of them": (drip(repeat(b"data: {}\n\n" * 1000), 0), FIRST_S),
+    "but for texts of nothing": (drip(repeat(b'data: {"choices": [{"text": ""}]}\n\n'), 0.05), FIRST_S),
     "but for single bytes": (drip((b"%c" % sign for sign in b"data: " + b"x" * 1000), 0.05), FIRST_S),
 }
 
@@ -174,8 +194,8 @@ WRONG: dict[str, tuple[Behaviour, str]] = {
     "nesting without end": (drip([b"data: " + b"[" * 100_000 + b"\n\n"], 0), "no JSON object"),
     "another form": (drip([b'data: {"choices": [3]}\n\n'], 0), "another form"),
     "an error in the stream": (
-        drip([b'data: {"error": {"message": "the user\'s own text", "type": "out_of_memory"}}\n\n'], 0),
-        "failed, out_of_memory",
+        drip([b'data: {"error": {"message": "the user\'s own text", "type": "server_error"}}\n\n'], 0),
+        "failed, server_error",
     ),
     "a connection that is cut": (cut_after("one"), "broke off in the middle"),
     "a stream without an end": (
@@ -198,6 +218,49 @@ async def test_a_wrong_answer_is_one_clear_line(engine: RemoteEngine, server: Fa
     await fails(engine, match)
     assert len(server.bodies(ROUTE)) == 1  # a byte of an answer was seen
     assert said(await run(engine)) == "one two"
+
+
+ODD = [
+    {},
+    {"tokens": 3},
+    {"tokens": [{}]},
+    {"tokens": [None]},
+    {"tokens": {"a": 1}},
+    {"tokens": [float("inf")]},
+    {"tokens": [{"id": None, "piece": "a"}]},
+    {"tokens": "ab"},
+]
+
+
+@pytest.mark.parametrize("kind", ["vLLM", "llama-server"])
+@pytest.mark.parametrize("odd", ODD, ids=str)
+async def test_an_odd_answer_outside_of_a_stream_is_one_clear_line(
+    server: FaultServer, kind: str, odd: dict[str, Any]
+) -> None:
+    if kind == "vLLM":
+        FakeVllm(server)
+    else:
+        server.usual["/tokenize"] = answer({"tokens": [{"id": 1, "piece": "x"}]})
+    engine = await RemoteEngine.load(settings(server), EngineSettings())
+    assert engine.dialect.name == kind
+    server.usual |= {"/tokenize": answer(odd), "/apply-template": answer(odd)}
+    chat = Chat((Message("user", "?"),))
+    for asked in (engine.tokenize(TEXT), engine.start_ids(), engine.chat_ids(chat)):
+        with pytest.raises(RemoteError, match="another form than expected"):
+            await asked
+    await engine.close()
+
+
+async def test_odd_texts_of_tokens_are_one_clear_line(server: FaultServer) -> None:
+    FakeVllm(server)
+    engine = await RemoteEngine.load(settings(server), EngineSettings())
+    server.usual["/detokenize"] = answer({"text": 3})
+    with pytest.raises(RemoteError, match=r"another form than expected .KeyError"):
+        await engine.tokenize(TEXT)
+    with pytest.raises(RemoteError, match=r"another form than expected .KeyError"):
+        async for _ in engine.generate(GenerationRequest((97,), 4, alternatives=3)):
+            pass
+    await engine.close()
 
 
 async def test_a_token_goes_nowhere_else(engine: RemoteEngine, server: FaultServer) -> None:
@@ -300,6 +363,22 @@ async def test_another_model_in_its_place_is_noticed(engine: RemoteEngine, serve
         await run(engine)
 
 
+async def test_who_waits_while_it_is_closed_is_told_to_ask_again(engine: RemoteEngine, server: FaultServer) -> None:
+    server.script[ROUTE] += [hang, hang_after("one"), status(503, Retry_After="1")]
+    waiting = []
+    for _ in range(3):
+        waiting.append(asyncio.create_task(run(engine)))
+        await asyncio.sleep(0.05)
+    ids = tuple(token.id for token in await engine.tokenize(TEXT))
+    await engine.close()
+    for one in waiting:
+        with pytest.raises(ModelChangedError, match="ask again"):
+            await one
+    late = engine.generate(GenerationRequest(ids, 4))
+    with pytest.raises(ModelChangedError, match="ask again"):
+        await anext(late)
+
+
 async def test_nothing_of_it_is_in_the_log(
     engine: RemoteEngine, server: FaultServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -321,7 +400,9 @@ async def test_a_proxy_of_the_environment_is_used_only_when_asked_for(
         monkeypatch.delenv("NO_PROXY", raising=False)
         made = await RemoteEngine.load(settings(server), EngineSettings())
         await made.close()
-        assert proxy.asked == []
+        made = await RemoteEngine.load(settings(server, proxy="environment"), EngineSettings())
+        await made.close()
+        assert proxy.asked == []  # the server is on this machine
         there = settings(server, url="http://models.example", proxy="environment")
         made = await RemoteEngine.load(there, EngineSettings())
         await made.close()
@@ -329,6 +410,13 @@ async def test_a_proxy_of_the_environment_is_used_only_when_asked_for(
             "http://models.example/v1/models",
             "http://models.example/tokenize",
         }
+
+
+async def test_a_proxy_that_speaks_no_http_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"socks5://me:{SECRET}@proxy.example")
+    with pytest.raises(ConfigError, match=r"speaks socks5, .*remote\.proxy") as caught:
+        await RemoteEngine.load(RemoteSettings(url="http://models.example", proxy="environment"), EngineSettings())
+    assert SECRET not in str(caught.value)
 
 
 async def test_requests_are_json_and_name_us(engine: RemoteEngine, server: FaultServer) -> None:

@@ -81,6 +81,36 @@ def test_whether_text_leaves_this_machine(url: str, here: bool) -> None:
     assert ("unencrypted" in told) is (not here and url.startswith("http:"))
 
 
+def proxied(monkeypatch: pytest.MonkeyPatch, proxy: str, url: str) -> RemoteSettings:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setenv("https_proxy", proxy)
+    return settings(url=url, proxy="environment")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:1", "http://[::1]:8000", "http://localhost:3", "http://[::ffff:127.0.0.1]"]
+)
+def test_this_machine_is_never_reached_through_a_proxy(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    asked = proxied(monkeypatch, "http://proxy.example:3128", url)
+    assert remote_server.proxy(asked) is None
+    assert "proxy" not in remote_server.exposure(asked)
+    assert "on this machine" in remote_server.exposure(asked)
+
+
+@pytest.mark.parametrize("url", ["http://models.example:8000", "https://models.example"])
+def test_a_proxy_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    asked = proxied(monkeypatch, f"http://me:{SECRET}@proxy.example:3128", url)
+    assert remote_server.exposure(asked).endswith("through the proxy proxy.example:3128")
+    assert SECRET not in remote_server.exposure(asked)
+    assert remote_server.proxy(asked) == f"http://me:{SECRET}@proxy.example:3128"
+    assert "proxy" not in remote_server.exposure(settings(url=url))
+    assert remote_server.proxy(proxied(monkeypatch, "proxy.example:3128", url)) == "http://proxy.example:3128"
+    monkeypatch.setenv("no_proxy", "models.example")
+    assert "proxy" not in remote_server.exposure(asked)
+
+
 def token_file(tmp_path: Path, text: str, mode: int = 0o600) -> RemoteSettings:
     path = tmp_path / "token"
     path.write_text(text)
