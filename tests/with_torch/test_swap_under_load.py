@@ -1,4 +1,4 @@
-"""Adapters that are swapped while completions run: the whole way from a request to llama.cpp, with a tiny model."""
+"""Adapters that are swapped while completions run: the whole way from a request to the engine, with a tiny model."""
 
 import asyncio
 import uuid
@@ -19,6 +19,7 @@ from agent.crash_guard import CrashGuard  # noqa: E402
 from agent.engine_host import EngineHost  # noqa: E402
 from agent.engines.base import Adapter, Decoded, Engine, GenerationRequest, Task  # noqa: E402
 from agent.engines.llamacpp import LlamaCppEngine  # noqa: E402
+from agent.engines.transformers import TransformersEngine  # noqa: E402
 from agent.fim import FORMATS  # noqa: E402
 from agent.served_adapters import ServedAdapters  # noqa: E402
 from agent.types import CompletionRequest, Document, Generation  # noqa: E402
@@ -60,8 +61,11 @@ async def complete(host: EngineHost, served: ServedAdapters, prefix: str) -> Gen
     raise AssertionError("no completion")
 
 
-async def test_each_answer_is_one_adapters(world: World, base: Path, folders: list[Path]) -> None:
+@pytest.mark.parametrize("kind", ["llama.cpp", "transformers"])
+async def test_each_answer_is_one_adapters(kind: str, world: World, base: Path, folders: list[Path]) -> None:
     async def load(model: LocalModel) -> Engine:
+        if kind == "transformers":
+            return await TransformersEngine.load(model, SETTINGS)
         return await LlamaCppEngine.load(model.path, SETTINGS, world.runtime)
 
     host = EngineHost(str(base), load, CrashGuard(world.root), unload_after_s=0)
