@@ -175,7 +175,7 @@ def attaching(daemon: Daemon, attach: Callable[[object], Awaitable[None]]) -> No
 
     async def load(model: LocalModel) -> Engine:
         engine = await Daemon._load(daemon, model)
-        engine.attach = attach  # type: ignore[method-assign]
+        engine.attach = attach  # type: ignore[method-assign, assignment]
         return engine
 
     daemon.host._load = load
