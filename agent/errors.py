@@ -21,8 +21,8 @@ TabwiseError
 └── RequestError           a request to the daemon that it cannot take
 """
 
-
 import copy
+
 
 class TabwiseError(Exception):
     """Base of all errors that are meant for the user's eyes."""

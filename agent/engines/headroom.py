@@ -29,7 +29,12 @@ class Headroom:
     """How much an engine may still take."""
 
     def __init__(
-        self, shelf: Shelf, device: torch.device, *, context_tokens: int, chunk_tokens: int,
+        self,
+        shelf: Shelf,
+        device: torch.device,
+        *,
+        context_tokens: int,
+        chunk_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin with all that the settings allow.

@@ -159,9 +159,7 @@ class PrefixCache:
         The last layer tells for all: what is no number in one makes none in the next.
         """
         last = self._rooms[-1]
-        return any(
-            bool(part[:, :, start:].isnan().any()) for part in (last.keys, last.values) if part is not None
-        )
+        return any(bool(part[:, :, start:].isnan().any()) for part in (last.keys, last.values) if part is not None)
 
     def give_up(self) -> None:
         """Hold nothing, and free the memory; also what a pass that failed half-way has left."""

@@ -116,7 +116,9 @@ def _read(folder: Path, name: str, chosen: Quantisation, device: torch.device) -
         "quantization_config": _packing(chosen, device),
     }
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    n_cached_layers(library.AutoConfig.from_pretrained(str(folder), **where), name)  # or it refuses, before weights are read
+    n_cached_layers(
+        library.AutoConfig.from_pretrained(str(folder), **where), name
+    )  # or it refuses, before weights are read
     module, facts = library.AutoModelForCausalLM.from_pretrained(
         str(folder),
         **where,

@@ -17,9 +17,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that no memory was left."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error).lower() for words in (*_CPU_WORDS, *_CUDA_WORDS)
-    )
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in (*_CPU_WORDS, *_CUDA_WORDS))
 
 
 def return_unused(device: torch.device) -> None:

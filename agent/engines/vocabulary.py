@@ -138,6 +138,7 @@ class Vocabulary:
         is_told_twice = head.role == "system" and bool(more)
         if is_told_twice:
             more[0] = replace(more[0], content=f"{head.content}\n\n{more[0].content}")
+        reason = ""
         for attempt in (turns, more) if is_told_twice else (turns,):
             try:
                 return self._templated(attempt)

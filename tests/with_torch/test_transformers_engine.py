@@ -304,7 +304,9 @@ async def test_out_of_memory_shortens_the_context_and_never_kills(engine: Transf
     whole = await ids_of(engine, CODE * 30)
     prompt = whole[:800]
     full_after(engine, lambda length: length <= 620)
-    with pytest.raises(MemoryFullError, match=r"no memory left for \d+ tokens; the context is 60\d tokens for some minutes now"):
+    with pytest.raises(
+        MemoryFullError, match=r"no memory left for \d+ tokens; the context is 60\d tokens for some minutes now"
+    ):
         await run(subject, GenerationRequest(prompt, 8))
     assert 600 <= subject.context_tokens <= 610
     with pytest.raises(PromptTooLongError):
