@@ -30,8 +30,9 @@ from agent.engines.headroom import Headroom
 from agent.engines.kv_cache import PrefixCache, Shelf
 from agent.engines.recorded_step import RecordedSteps, can_be_recorded
 from agent.engines.sampling import NAN, Choice, choose
+from agent.engines.selection import Selection
 from agent.engines.vocabulary import Spelling, Vocabulary
-from agent.errors import AdapterError, EngineError, PromptTooLongError, TabwiseError
+from agent.errors import EngineError, PromptTooLongError, TabwiseError
 
 
 @dataclass(slots=True)
@@ -58,6 +59,7 @@ class DecodeLoop:
         chunk_tokens: int,
         drafts: bool,
         recorded: bool | None = None,
+        selection: Selection | None = None,
     ) -> None:
         """Take charge of a model.
 
@@ -70,10 +72,11 @@ class DecodeLoop:
             chunk_tokens: Prompt tokens that are read in one pass.
             drafts: Whether to draft where that is faster.
             recorded: Whether single tokens are read by recorded steps; where that is faster, on CUDA, if None.
+            selection: What the model computes with; shared with all other loops that compute with it.
         """
         self._headroom = Headroom(shelf, device, context_tokens=context_tokens, chunk_tokens=chunk_tokens)
-        self._select: Callable[[str | None], None] | None = None
-        self._selected: str | None = None
+        self._selection = selection or Selection()
+        self._version = self._selection.version
         self._module: torch.nn.Module | None = module
         self._vocabulary = vocabulary
         self._shelf = shelf
@@ -98,6 +101,7 @@ class DecodeLoop:
             chunk_tokens=self._headroom.chunk_tokens,
             drafts=False,
             recorded=recorded,
+            selection=self._selection,
         )
 
     @property
@@ -122,21 +126,18 @@ class DecodeLoop:
             select: Has the model compute with one of them, or with none.
         """
         self._shelf.forget(lambda name: name is not None and name not in adapters)
-        self._shelf.forget_recordings()
-        select(None)
-        self._select, self._selected = (select if adapters else None), None
+        self._selection.serve(adapters, select)
 
     def _use(self, adapter: str | None) -> None:
-        if adapter == self._selected:
-            return
-        if self._select is None:
-            raise AdapterError(f"the adapter {adapter!r} is not attached; see the settings")
-        self._select(adapter)
-        self._selected = adapter
+        if self._version != self._selection.version:
+            self._shelf.forget_recordings()
+            self._version = self._selection.version
+        self._selection.use(adapter)
 
     def let_go(self) -> None:
         """Let go of the model and of all caches. Streams that are still open end with an error."""
-        self._module = self._select = self._steps = None
+        self._module = self._steps = None
+        self._selection.serve((), lambda name: None)
         self._shelf.give_up_others()
 
     def stream(self, request: GenerationRequest) -> Iterator[Event]:
@@ -299,7 +300,7 @@ class DecodeLoop:
         if not ids:
             return torch.empty(0, 1, device=self._device)
         if self._steps is not None and len(ids) == keep == 1 and len(cache):
-            return self._steps.step(module, cache, ids[0], self._selected)
+            return self._steps.step(module, cache, ids[0], self._selection.name)
         answer = module(
             input_ids=torch.tensor([ids], device=self._device),  # (1, T)
             past_key_values=cache.layers,

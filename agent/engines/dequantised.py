@@ -6,6 +6,7 @@ kept in sixteen bits, a finer grid than the one that they were quantised to; a f
 those. Vectors (norms and biases) stay as they are in the file, to the bit: adapters know their base by them.
 """
 
+import errno
 import logging
 import shutil
 import tempfile
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from agent import catalog, paths
 from agent.catalog import LocalModel
-from agent.errors import ModelCorruptError
+from agent.engines import out_of_memory
+from agent.errors import EngineError, ModelCorruptError
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,7 @@ def folder_of(model: LocalModel) -> Path:
 
     Raises:
         ModelCorruptError: transformers cannot read the file.
+        EngineError: The disk is full.
     """
     folder = catalog.dequantised_dir(model.sha256 or catalog.sha256_of(model.path))
     if folder.is_dir():
@@ -42,28 +45,42 @@ def folder_of(model: LocalModel) -> Path:
         except OSError:
             if not folder.is_dir():  # and not: another process was faster
                 raise
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        raise EngineError(
+            f"no space is left on the disk for unpacking {model.name} into {parent}; free some, or run it in llama.cpp"
+        ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Tell whether an error means that the disk is full: from Python, or in the words of the library that writes weights."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower()
 
 
 def _unpack(file: Path, folder: Path) -> None:
     import transformers
 
     library: Any = transformers  # half of it is typed
-    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     try:
-        module, facts = library.AutoModelForCausalLM.from_pretrained(
-            str(file.parent),
-            dtype=_kept_dtype(file),
-            quantization_config=library.GgufConfig(dequantize=True),
-            output_loading_info=True,
-            **where,
-        )
-        tokenizer = library.AutoTokenizer.from_pretrained(str(file.parent), **where)
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a damaged file shows in whatever way the reader stumbles
+        # In a folder where nothing else lies: settings that happen to lie beside a file would be taken for its own.
+        with tempfile.TemporaryDirectory() as alone:
+            Path(alone, file.name).symlink_to(file.resolve())
+            module, facts = library.AutoModelForCausalLM.from_pretrained(
+                alone,
+                dtype=_kept_dtype(file),
+                quantization_config=library.GgufConfig(dequantize=True),
+                output_loading_info=True,
+                **where,
+            )
+            tokenizer = library.AutoTokenizer.from_pretrained(alone, **where)
+    except Exception as error:  # a damaged file shows in whatever way the reader stumbles
+        if out_of_memory.is_out_of_memory(error) or _is_disk_full(error):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ModelCorruptError(
             f"transformers cannot unpack {file}: {reason:.200}; run it in llama.cpp, or give the model's own folder"

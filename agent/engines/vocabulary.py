@@ -2,7 +2,7 @@
 
 What libraries do for convenience is undone here. Text stands as it is: no blank is put in front of it, and nothing is
 normalised, so that the tokens of the pieces of a prompt are those of the whole and stand for exactly its text (but for
-U+2581, which is how sentencepiece writes a blank, and cannot be told from one). Text of
+U+2581, which is how sentencepiece writes a blank, and cannot be told from one, and halves of characters). Text of
 the user's never becomes a special token, also where a model's files forgot to call its sentinels special (Qwen's do):
 whatever looks like markup among the tokens that were added to a vocabulary counts as special.
 """
@@ -13,13 +13,14 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
 from agent.engines.base import Alternative, Decoded, Token
 from agent.engines.sampling import Choice
-from agent.errors import ModelCorruptError
+from agent.errors import EngineError, ModelCorruptError
 from agent.types import Chat, Message
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _MARKUP = re.compile(r"▁?(<\S*[^\W\d_]\S*>|\[\S*[^\W\d_]\S*\])")
 """`<|fim_prefix|>`, `▁<PRE>`, `[INST]`; not the runs of blanks that some models add to their vocabulary."""
 _CHANGES_TEXT = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Prepend", "Strip", "Lowercase", "StripAccents"})
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which JSON may tell of; no text that has bytes
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how sentencepiece writes a byte that no piece has
 _END_WORDS = (
     "<|endoftext|>",
@@ -91,23 +93,38 @@ class Vocabulary:
         return [Token(one, self._text_of(one)) for one in ids]
 
     def _plain_ids(self, text: str) -> list[int]:
-        found = self._plain.encode(text, add_special_tokens=False)
-        for one, (start, end) in zip(found.ids, found.offsets, strict=True):
-            if one in self._control and one != self._unknown_id and end - start > 1:
-                # The word is in the vocabulary itself, too: cut within it, no token can span it.
-                return self._plain_ids(text[: start + 1]) + self._plain_ids(text[start + 1 :])
-        ids: list[int] = found.ids
+        ids: list[int] = []
+        rest = [_SURROGATE.sub("\ufffd", text)]  # the next piece last
+        while rest:
+            piece = rest.pop()
+            found = self._plain.encode(piece, add_special_tokens=False)
+            # Words that are in the vocabulary itself, too: cut within them, no token can span them.
+            cuts = [
+                start + 1
+                for one, (start, end) in zip(found.ids, found.offsets, strict=True)
+                if one in self._control and one != self._unknown_id and end - start > 1
+            ]
+            if cuts:
+                rest += [piece[start:end] for start, end in pairwise((0, *cuts, len(piece)))][::-1]
+            else:
+                ids += found.ids
         return ids
 
     def chat_ids(self, chat: Chat) -> tuple[int, ...]:
-        """Return the prompt for a chat, in the model's own template; contents never become special tokens."""
+        """Return the prompt for a chat, in the model's own template; contents never become special tokens.
+
+        Raises:
+            EngineError: The template leaves a turn out, or refuses the chat.
+        """
         # The template sees marks in place of the contents, so that only its own text is tokenised with special tokens.
         mark = secrets.token_hex(8)
         marks = [f"<{mark}:{index}>" for index in range(len(chat.messages))]
         rest = self._framed([replace(turn, content=each) for turn, each in zip(chat.messages, marks, strict=True)])
         ids: list[int] = []
         for turn, placeholder in zip(chat.messages, marks, strict=True):
-            frame, _, rest = rest.partition(placeholder)
+            frame, found, rest = rest.partition(placeholder)
+            if not found:
+                raise EngineError(f"the model's chat template leaves out a turn of {turn.role!r}; choose another model")
             ids += self._spelled.encode(frame, add_special_tokens=False).ids
             ids += self._plain_ids(turn.content)
         ids += self._spelled.encode(rest, add_special_tokens=False).ids
@@ -116,14 +133,18 @@ class Vocabulary:
     def _framed(self, turns: Sequence[Message]) -> str:
         if not self._template.chat_template:
             return "".join(f"{turn.content}\n\n" for turn in turns)  # a base model: it can only be given text
-        try:
-            return self._templated(turns)
-        except Exception:  # a template's own refusal, of a class that belongs to jinja
-            # Many templates know no system turn; its text then stands at the head of the first question.
-            if len(turns) < 2 or turns[0].role != "system":
-                raise
-            head, first, *more = turns
-            return self._templated([replace(first, content=f"{head.content}\n\n{first.content}"), *more])
+        # Many templates know no system turn; its text then stands at the head of the first question.
+        head, *more = turns
+        is_told_twice = head.role == "system" and bool(more)
+        if is_told_twice:
+            more[0] = replace(more[0], content=f"{head.content}\n\n{more[0].content}")
+        reason = ""
+        for attempt in (turns, more) if is_told_twice else (turns,):
+            try:
+                return self._templated(attempt)
+            except Exception as error:  # noqa: BLE001 - a template's own refusal, of a class that belongs to jinja
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise EngineError(f"the model's chat template refuses the chat: {reason:.200}; choose another model")
 
     def _templated(self, turns: Sequence[Message]) -> str:
         conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
@@ -154,7 +175,9 @@ class Vocabulary:
         if piece is None:  # a row of the model's that no token uses
             return b""
         if self._byte_of is not None:
-            return bytes(self._byte_of[character] for character in piece)
+            # A piece of other characters was put into the vocabulary as it stands.
+            is_spelled = self._byte_of.keys() >= set(piece)
+            return bytes(self._byte_of[character] for character in piece) if is_spelled else piece.encode()
         if byte := _BYTE_PIECE.fullmatch(piece):
             return bytes([int(byte[1], 16)])
         return piece.replace("▁", " ").encode()

@@ -1,5 +1,6 @@
 """From files to a module: whole or not at all."""
 
+import errno
 import json
 import os
 import subprocess
@@ -15,13 +16,14 @@ pytest.importorskip("torch", reason="torch is not installed; make train-deps")
 import gguf
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from agent import base_facts, catalog
 from agent.catalog import LocalModel
 from agent.engines import dequantised, loading, quantisation
 from agent.engines.quantisation import Device, Quantisation
-from agent.errors import MemoryFullError, ModelCorruptError, UnknownModelError
+from agent.errors import EngineError, MemoryFullError, ModelCorruptError, UnknownModelError
 from tests.conftest import World
 from tests.with_torch.small_models import CODE, SENTINELS, SPECIAL, WORDS, save, small_module, tokenizer
 
@@ -230,6 +232,47 @@ def test_unpacking_that_fails_leaves_nothing(world: World) -> None:
     assert list((world.root / "data" / "dequantised").iterdir()) == []
 
 
+def test_what_lies_beside_a_file_is_not_read(packed: tuple[LocalModel, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    model, _ = packed
+    (model.path.parent / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "auto_map": {}}')
+    seen: list[tuple[list[str], object]] = []
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        kind: Any = getattr(transformers, name)
+        original = kind.from_pretrained
+
+        def noted(folder: str, original: Any = original, **more: Any) -> Any:
+            if "gguf_file" in more:
+                seen.append(([each.name for each in Path(folder).iterdir()], more.get("trust_remote_code")))
+            return original(folder, **more)
+
+        monkeypatch.setattr(kind, "from_pretrained", noted)
+    loading.load(model, "fp32")
+    assert seen == [([model.path.name], False)] * 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_no_damaged_file(
+    packed: tuple[LocalModel, Any], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from transformers import PreTrainedModel
+
+    def full(self: Any, folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(EngineError, match="no space is left on the disk for unpacking"):
+        loading.load(packed[0], "fp32")
+    assert list((catalog.dequantised_dir(packed[0].sha256).parent).iterdir()) == []
+
+
 def test_wider_weights_stay_as_wide(world: World) -> None:
     module = small_module()
     for kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.BF16):
@@ -286,7 +329,7 @@ async def test_a_load_that_fails_leaves_no_module_in_memory(
 
     def broken(module: Any) -> Any:
         modules.append(weakref.ref(module))
-        raise ValueError("odd settings")
+        raise ModelCorruptError("odd settings")
 
     monkeypatch.setattr(loading, "_end_ids", broken)
     model = LocalModel("small", folder, "safetensors", None, 0, "")

@@ -563,6 +563,14 @@ async def test_each_request_is_served_by_its_adapter_alone(engine: TransformersE
                 said[name] += event.ids
     assert said == expected
 
+    # Another engine over the same model neither takes this one's adapter for its own, nor leaves its own behind.
+    plain = engine.without_drafts()
+    for name in (other.name, None, one.name):
+        for wanted in (name, None, other.name):
+            said_there, _ = await run(plain, GenerationRequest(prompt, 12, adapter=wanted, cached=False))
+            assert flat(said_there) == expected[wanted]
+            assert await ask(name, cached=False) == expected[name]
+
     await engine.attach([other])
     assert await ask(other.name) == expected[other.name]
     with pytest.raises(AdapterError, match="not attached"):

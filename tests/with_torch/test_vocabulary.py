@@ -6,12 +6,12 @@ pytest.importorskip("torch", reason="torch is not installed; make train-deps")
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from agent.engines.sampling import Choice
 from agent.engines.vocabulary import Spelling, Vocabulary
-from agent.errors import ModelCorruptError
+from agent.errors import EngineError, ModelCorruptError
 from agent.types import Chat, Message
 from tests.with_torch.small_models import CODE, SENTINELS, SPECIAL, TEMPLATE, tokenizer
 
@@ -53,7 +53,7 @@ PIECES = Vocabulary(sentencepiece(), "pieces")
 
 
 @pytest.mark.parametrize("vocabulary", [BYTES, PIECES])
-@given(text=st.text(st.characters(exclude_characters="▁"), max_size=40))
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=40))
 def test_tokens_stand_for_exactly_the_text(vocabulary: Vocabulary, text: str) -> None:
     tokens = vocabulary.tokenize(text)
     assert b"".join(vocabulary.bytes_of(token.id) for token in tokens) == text.encode()
@@ -73,6 +73,11 @@ def test_words_of_several_letters_are_tokens() -> None:
     tokens = BYTES.tokenize(CODE)
     assert len(tokens) < len(CODE) / 2
     assert " width" in [token.text for token in tokens]
+
+
+@pytest.mark.parametrize("vocabulary", [BYTES, PIECES])
+def test_half_of_a_character_is_read_as_a_sign_for_it(vocabulary: Vocabulary) -> None:
+    assert vocabulary.tokenize("d\ud800e") == vocabulary.tokenize("d\ufffde")
 
 
 def test_a_part_of_a_character_has_no_text() -> None:
@@ -165,6 +170,44 @@ def test_a_template_without_a_system_turn_and_a_model_without_a_template() -> No
     strict.chat_template = None
     bare = Vocabulary(strict, "bare")
     assert b"".join(bare.bytes_of(one) for one in bare.chat_ids(chat)).decode() == "Be brief.\n\nWhy?\n\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ messages[-1].content }}", "leaves out a turn of 'system'"),
+        ("{{ raise_exception('no such chat') }}", "refuses the chat: TemplateError: no such chat"),
+        ("{{ messages[0].content }", "refuses the chat: TemplateSyntaxError"),
+    ],
+)
+def test_a_template_that_does_not_do(template: str, told: str) -> None:
+    odd = tokenizer()
+    odd.chat_template = template
+    with pytest.raises(EngineError, match=told):
+        Vocabulary(odd, "odd").chat_ids(Chat((Message("system", "Be brief."), Message("user", "Why?"))))
+
+
+def test_many_words_of_the_vocabulary_itself_take_one_more_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = Vocabulary(sentencepiece(), "pieces")
+    read: list[int] = []
+    plain = vocabulary._plain
+
+    class Counted:
+        def encode(self, text: str, **more: bool) -> Encoding:
+            read.append(len(text))
+            return plain.encode(text, **more)
+
+    monkeypatch.setattr(vocabulary, "_plain", Counted())
+    text = "de<s>" * 3000  # more than Python would recurse
+    assert b"".join(vocabulary.bytes_of(token.id) for token in vocabulary.tokenize(text)).decode() == text
+    assert sum(read) <= 3 * len(text)
+
+
+def test_a_piece_that_is_no_spelling_of_bytes_stands_for_itself() -> None:
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "日本": 1, "é": 2}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    odd = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend), "odd")
+    assert [odd.bytes_of(one) for one in range(3)] == [b"a", "日本".encode(), b"\xe9"]
 
 
 def test_a_tokenizer_of_another_kind_is_refused() -> None:
