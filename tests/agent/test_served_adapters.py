@@ -176,7 +176,7 @@ def attaching(daemon: Daemon, attach: Callable[[Sequence[Adapter]], Coroutine[An
 
     async def load(model: LocalModel) -> Engine:
         engine = await Daemon._load(daemon, model)
-        engine.attach = attach  # type: ignore[method-assign]
+        engine.attach = attach  # type: ignore[method-assign, assignment]
         return engine
 
     daemon.host._load = load
