@@ -105,7 +105,9 @@ class Servers:
             await self._drop_ready()
 
     async def _make_ready(self, wanted: Mapping[str, Adapter]) -> None:
-        if _has(self._loaded, wanted) or (self._ready is not None and _has(self._ready[0], wanted)):
+        if _has(self._loaded, wanted):
+            return
+        if self._ready is not None and self._ready[1] is not None and _has(self._ready[0], wanted):
             return
         if self._closed:
             raise EngineError("the model was unloaded; ask again")

@@ -153,8 +153,9 @@ async def test_what_can_be_prepared_for_adapters_keeps_nobody_waiting() -> None:
     arbiter = Arbiter(engine)
     adapter = Adapter("one-1", Path("/one"))
     attaching = asyncio.create_task(arbiter.attach([adapter]))
-    while not engine.prepared:
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(5):
+        while not engine.prepared:
+            await asyncio.sleep(0.001)
     assert (await text_of(arbiter.generate(ask("short", Task.COMPLETION))))[0] == "ok"
     assert not attaching.done()
     assert engine.attached == []

@@ -5,9 +5,10 @@ import json
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,7 +171,7 @@ async def test_an_engine_that_takes_no_adapter_serves_the_bare_model_and_says_so
     assert "refused by this engine" in found["error"]
 
 
-def attaching(daemon: Daemon, attach: Callable[[object], Awaitable[None]]) -> None:
+def attaching(daemon: Daemon, attach: Callable[[Sequence[Adapter]], Coroutine[Any, Any, None]]) -> None:
     """Have the engines that are loaded from now on attach adapters in another way."""
 
     async def load(model: LocalModel) -> Engine:

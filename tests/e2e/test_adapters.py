@@ -15,13 +15,16 @@ from agent.engines.base import Task
 from agent.errors import AdapterError
 from agent.types import Completion, CompletionRequest, Document, Explanation, ExplanationRequest, Generation
 from tests.adapter_folders import key, write_adapter
-from tests.conftest import World, count
+from tests.conftest import SOAK, World, count
 
 pytestmark = pytest.mark.e2e
 
 np = pytest.importorskip("numpy", reason="numpy is not installed; make train-deps")
 pytest.importorskip("gguf", reason="gguf is not installed; make train-deps")
 
+_NEAR_NATS = 0.1
+"""Between the log-probabilities of one token with the same weights: llama.cpp's kernels for quantised weights round otherwise
+for another shape of the batch, and so do two tokens that are about as likely change places."""
 RANK = 4
 MATRICES = {"self_attn.q_proj": "attn_q", "self_attn.v_proj": "attn_v", "mlp.down_proj": "ffn_down"}
 
@@ -86,41 +89,58 @@ async def test_an_adapter_answers_until_it_is_taken_away_and_survives_the_daemon
         assert last.output_logps == pytest.approx(bare.output_logps, abs=0.05)  # from another piece of the cache
 
 
+def is_of(adapters_own: Generation, said: Generation) -> bool:
+    """Whether this is what the same weights say: token for token as likely, up to where two are as good as each other."""
+    steps = zip(adapters_own.output_ids, adapters_own.output_logps, said.output_ids, said.output_logps, strict=False)
+    for own_id, own_logp, said_id, said_logp in steps:
+        if abs(own_logp - said_logp) > _NEAR_NATS:
+            return False
+        if own_id != said_id:
+            return True  # each was the likeliest where it was written; what follows cannot be compared
+    return len(adapters_own.output_ids) == len(said.output_ids)
+
+
 async def test_swaps_while_four_clients_complete(real_world: World) -> None:
     folders = [starter_adapter(real_world.root / f"{seed}", seed) for seed in (1, 2)]
-    answers: dict[str | None, set[tuple[int, ...]]] = {}
+    answers: list[Generation] = []
     swapping = True
 
     async def type_on() -> None:
         async with DaemonClient() as client:
             while swapping:
-                facts = await complete(client)
-                answers.setdefault(facts.adapter, set()).add(facts.output_ids)
+                answers.append(await complete(client))
 
     async with DaemonClient() as client:
         await client.ensure_daemon()
-        wanted = {}
+        wanted: dict[str | None, Generation] = {}
         for folder in folders:
             await client.serve_adapters({Task.COMPLETION: str(folder)})
             facts = await complete(client)
-            wanted[facts.adapter] = {facts.output_ids}
+            wanted[facts.adapter] = facts
+        one, other = wanted.values()
+        assert not is_of(one, other)  # or it would not be seen who was answered by the wrong one
+        assert not is_of(other, one)
         typists = [asyncio.create_task(type_on()) for _ in range(4)]
         for number in range(count(200)):
             await client.serve_adapters({Task.COMPLETION: str(folders[number % 2])})
             await asyncio.sleep(0.1)
         swapping = False
         await asyncio.gather(*typists)
-    assert answers == wanted
+    assert {facts.adapter for facts in answers} == wanted.keys()
+    for facts in answers:
+        assert is_of(wanted[facts.adapter], facts)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_peft_and_llamacpp_serve_the_same(real_world: World) -> None:
     pytest.importorskip("peft", reason="peft is not installed; make train-deps")
-    prompts = count(100)
+    prompts = 100 if SOAK else 3  # the reference reads each in float32: seconds, and minutes for what it unpacks first
     done = real_world.run("bench", "adapter", "--prompts", str(prompts), "--json", timeout=3600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["changed_texts"] > 0
     assert found["scale_0_exact"] == prompts
     assert found["f16_mean_gap_nats"] < 0.02
-    assert found["f16_same"] >= 0.95 * prompts - 1  # of ten, one may be a near tie
+    assert found["f16_same"] >= 0.95 * prompts - 1  # one of few may be a near tie
     assert found["q4_same"] >= found["q4_same_bare"] - max(1, 0.03 * prompts)

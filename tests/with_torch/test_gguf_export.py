@@ -206,7 +206,7 @@ async def test_a_file_that_llamacpp_does_not_take_leaves_what_was_served(
         found.append(adapters.inspect(tmp_path / f"{seed}", facts))
     good, bad = found
     engine = await load(path)
-    monkeypatch.setattr(engine, "_has_room_for_two", lambda: room)
+    monkeypatch.setattr(engine._servers, "_has_room_for_two", lambda: room)
     await engine.attach([good])
     before, _ = await answer(engine, good.name, cached=False)
     export = gguf_export.exported(bad, gguf_header.read(path))
