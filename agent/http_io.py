@@ -14,13 +14,18 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from agent import wire
-from agent.errors import ModelError, PromptTooLongError, RequestError, TabwiseError
+from agent.errors import AdapterError, ModelError, PromptTooLongError, RequestError, TabwiseError
 
 log = logging.getLogger(__name__)
 
 _BODY_BYTES = 4 << 20  # windows of documents are 30 KB; anything near this is a mistake or an attack
 _SEND_S = 10.0  # for a client to take what was sent to it; then it is taken to be gone
-_STATUS: dict[type[TabwiseError], int] = {ModelError: 503, RequestError: 400, PromptTooLongError: 400}
+_STATUS: dict[type[TabwiseError], int] = {
+    ModelError: 503,
+    RequestError: 400,
+    PromptTooLongError: 400,
+    AdapterError: 400,
+}
 
 
 class OpenRequests:

@@ -26,6 +26,9 @@ from agent.loaded import LoadedModel
 
 log = logging.getLogger(__name__)
 
+_DIED = "the daemon ended while it attached this adapter; serve it anew to try again"
+_TRYING = "trying"
+"""Key of the record while a daemon attaches what was served before it: one that died at that does not do it again."""
 _SPARE = 2  # adapters that stay attached unused: the one before, and a candidate that is compared with it
 
 
@@ -53,7 +56,7 @@ class ServedAdapters:
         """
         self._host = host
         self._record = record
-        self._tasks = {task: Served(folder) for task, folder in _remembered(record).items()}
+        self._tasks = _remembered(record)
         self._attached: tuple[Adapter, ...] = ()
         """Those that were taken last first."""
         self._held: Counter[str] = Counter()
@@ -85,8 +88,7 @@ class ServedAdapters:
             tasks = self._tasks | new
             await self._attach(loaded, tasks)
             self._tasks = tasks
-            folders = {task.value: str(served.folder) for task, served in tasks.items() if served.folder}
-            await asyncio.to_thread(_remember, self._record, folders)
+            await asyncio.to_thread(_remember, self._record, tasks)
         for task, served in new.items():
             log.info("%s is served with %s", task.value, served.adapter.name if served.adapter else "the bare model")
 
@@ -94,13 +96,15 @@ class ServedAdapters:
         """Serve with a model that was just loaded what is wanted; what is refused is said in the status."""
         async with self._changing:
             self._attached = ()
-            wanted, self._tasks = self._tasks, {task: Served() for task in Task}
-            tasks = {task: await self._looked_at(loaded, before.folder) for task, before in wanted.items()}
-            try:
-                await self._attach(loaded, tasks)
-            except TabwiseError as error:
-                log.error("no adapter is served: %s", error)
-                tasks = {task: Served(one.folder, None, one.error or str(error)) for task, one in tasks.items()}
+            tasks = {task: await self._looked_at(loaded, before) for task, before in self._tasks.items()}
+            if any(served.adapter for served in tasks.values()):
+                await asyncio.to_thread(_remember, self._record, tasks, trying=True)
+                try:
+                    await self._attach(loaded, tasks)
+                except TabwiseError as error:
+                    log.error("no adapter is served: %s", error)
+                    tasks = {task: Served(one.folder, None, one.error or str(error)) for task, one in tasks.items()}
+                await asyncio.to_thread(_remember, self._record, tasks)
             self._tasks = tasks
 
     def describe(self) -> dict[str, dict[str, Any] | None]:
@@ -122,12 +126,14 @@ class ServedAdapters:
         facts = await asyncio.to_thread(base_facts.of, loaded.model, loaded.fim)
         return Served(folder, await asyncio.to_thread(adapters.inspect, folder, facts))
 
-    async def _looked_at(self, loaded: LoadedModel, folder: Path | None) -> Served:
+    async def _looked_at(self, loaded: LoadedModel, before: Served) -> Served:
+        if before.error == _DIED:
+            return before
         try:
-            return await self._inspected(loaded, folder)
+            return await self._inspected(loaded, before.folder)
         except TabwiseError as error:
             log.error("an adapter is not served: %s", error)
-            return Served(folder, None, str(error))
+            return Served(before.folder, None, str(error))
 
     async def _attach(self, loaded: LoadedModel, tasks: Mapping[Task, Served]) -> None:
         """Have attached what is to be served, what serves until then, what is held, and a few more."""
@@ -150,18 +156,19 @@ class ServedAdapters:
         self._attached = (*first, *spare)
 
 
-def _remembered(record: Path) -> dict[Task, Path | None]:
+def _remembered(record: Path) -> dict[Task, Served]:
     try:
-        raw = json.loads(record.read_text(encoding="utf-8"))
-        folders = {task: raw.get(task.value) for task in Task}
+        raw = dict(json.loads(record.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        folders = {}
-    except (OSError, ValueError, AttributeError):
+        raw = {}
+    except (OSError, TypeError, ValueError):
         log.error("the record %s of what was served cannot be read; serve the adapters anew", record)
-        folders = {}
-    return {task: Path(str(folders[task])) if folders.get(task) else None for task in Task}
+        raw = {}
+    error = _DIED if raw.get(_TRYING) else None
+    return {task: Served(Path(str(raw[task])), None, error) if raw.get(task) else Served() for task in Task}
 
 
-def _remember(record: Path, folders: Mapping[str, str]) -> None:
+def _remember(record: Path, tasks: Mapping[Task, Served], *, trying: bool = False) -> None:
+    fields: dict[str, Any] = {task.value: str(served.folder) for task, served in tasks.items() if served.folder}
     paths.private_dir(record.parent)
-    paths.write_private(record, json.dumps(folders))
+    paths.write_private(record, json.dumps(fields | ({_TRYING: True} if trying else {})))

@@ -17,7 +17,7 @@ from agent.config import CompletionSettings
 from agent.crash_guard import CrashGuard
 from agent.engine_host import EngineHost
 from agent.engines.base import Engine, Task
-from agent.errors import AdapterError
+from agent.errors import AdapterError, TabwiseError
 from agent.served_adapters import ServedAdapters
 from agent.types import CompletionRequest, Document, Generation
 from tests.adapter_folders import write_adapter
@@ -167,6 +167,38 @@ async def test_an_engine_that_takes_no_adapter_serves_the_bare_model_and_says_so
     found = daemon.served.describe()["completion"]
     assert found is not None
     assert "refused by this engine" in found["error"]
+
+
+async def test_a_daemon_that_died_of_an_adapter_does_not_try_it_again_by_itself(daemon: Daemon, world: World) -> None:
+    folder = await daemon.adapter("one", 1)
+    await daemon.served.serve({Task.COMPLETION: folder})
+    await daemon.host.close()
+    dying = Daemon(world)
+    seen: list[dict[str, object]] = []
+
+    async def attach(_: object) -> None:
+        seen.append(json.loads(dying.record.read_text()))
+        raise RuntimeError("as if the process ended here")
+
+    async def load(model: LocalModel) -> Engine:
+        engine = await Daemon._load(dying, model)
+        engine.attach = attach  # type: ignore[method-assign]
+        return engine
+
+    dying.host._load = load
+    with pytest.raises(TabwiseError):
+        await dying.complete()
+    assert seen == [{"completion": str(folder), "trying": True}]
+    after = Daemon(world)
+    for _ in range(2):
+        assert (await after.complete()).adapter is None
+        found = after.served.describe()["completion"]
+        assert found is not None
+        assert "serve it anew" in found["error"]
+        await after.host.unload()
+    await after.served.serve({Task.COMPLETION: folder})
+    assert (await after.complete()).adapter == after.name() is not None
+    assert json.loads(after.record.read_text()) == {"completion": str(folder)}
 
 
 async def test_what_an_answer_holds_stays_attached(daemon: Daemon) -> None:
