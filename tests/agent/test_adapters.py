@@ -141,7 +141,7 @@ def test_settings_without_effect_are_passed_over(tmp_path: Path) -> None:
         "a_later_one": None,
         "layers_to_transform": [0],
     }
-    assert adapters.inspect(write_adapter(tmp_path / "a", config=more), FACTS)
+    assert adapters.inspect(write_adapter(tmp_path / "a", config=more), FACTS).name
 
 
 def test_every_cut_of_the_weights_is_refused(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_tensors_and_targets_must_be_the_same_modules(tmp_path: Path) -> None:
     assert "none of target_modules" in refusal(write_adapter(tmp_path / "a", config={"target_modules": ["v_proj"]}))
     both = write_adapter(tmp_path / "b", config={"target_modules": ["q_proj", "v_proj"]})
     assert "'v_proj' has no tensors" in refusal(both)
-    assert adapters.inspect(write_adapter(tmp_path / "c", config={"target_modules": [MODULE]}), FACTS)
+    assert adapters.inspect(write_adapter(tmp_path / "c", config={"target_modules": [MODULE]}), FACTS).name
 
 
 def test_integers_are_refused(tmp_path: Path) -> None:

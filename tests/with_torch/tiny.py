@@ -149,6 +149,6 @@ def make_adapter(
         for name, parameter in wrapped.named_parameters():
             if ".lora_" in name:
                 parameter.normal_(0, 0.15)
-    wrapped.save_pretrained(folder)
+    wrapped.save_pretrained(str(folder))
     adapters.write_manifest(folder, facts)
     return wrapped.eval()
