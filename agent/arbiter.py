@@ -51,14 +51,18 @@ class Arbiter:
         """Return the prompt for a chat."""
         return await self._engine.chat_ids(chat)
 
-    def held(self, prompt_ids: tuple[int, ...]) -> int:
-        """Return how many tokens of a prompt are computed already; needs no turn."""
-        return self._engine.held(prompt_ids)
+    def held(self, prompt_ids: tuple[int, ...], adapter: str | None = None) -> int:
+        """Return how many tokens of a prompt are computed already, with this adapter; needs no turn."""
+        return self._engine.held(prompt_ids, adapter)
 
     async def attach(self, adapters: Sequence[Adapter]) -> None:
-        """Serve these adapters and no others, from when it is nobody's turn."""
-        async with self._turn:
-            await self._engine.attach(adapters)
+        """Serve these adapters and no others, from when it is nobody's turn; explanations give way, as to completions."""
+        self._count(completions=1)
+        try:
+            async with self._turn:
+                await self._engine.attach(adapters)
+        finally:
+            self._count(completions=-1)
 
     async def close(self) -> None:
         """Free the engine, when it is nobody's turn."""

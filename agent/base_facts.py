@@ -126,7 +126,7 @@ def _bfloat16(vector: _Vector) -> list[int]:
     if code == "H":
         return list(values)
     bits = struct.unpack(f"<{vector.count}I", struct.pack(f"<{vector.count}f", *values))
-    return [(each + 0x7FFF + (each >> 16 & 1)) >> 16 for each in bits]
+    return [((each + 0x7FFF + (each >> 16 & 1)) >> 16) & 0xFFFF for each in bits]
 
 
 def _hash_of_words(words: Mapping[int, str]) -> str:
@@ -163,7 +163,11 @@ def _folder_words(folder: Path) -> Mapping[int, str]:
     if not path.is_file():
         return {}
     fields = _object(path, path.read_bytes())
-    words = {int(number): str(word) for word, number in fields.get("model", {}).get("vocab", {}).items()}
+    vocabulary = fields.get("model", {}).get("vocab", {})  # by word, or as pairs of word and score
+    numbered = (
+        vocabulary.items() if isinstance(vocabulary, dict) else ((pair[0], n) for n, pair in enumerate(vocabulary))
+    )
+    words = {int(number): str(word) for word, number in numbered}
     return words | {int(added["id"]): str(added["content"]) for added in fields.get("added_tokens", ())}
 
 

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from agent import catalog, config, crash_guard, doctor, paths, pull, source_file
+from agent.engines.base import Task
 from agent.errors import DaemonError, InputError, TabwiseError
 from agent.types import Completion, CompletionRequest, Document, Explanation, ExplanationRequest, Snippet, Trigger
 from agent.version import __version__
@@ -38,7 +39,9 @@ app = typer.Typer(
 )
 models = typer.Typer(help="The models on this machine, and those that can be had.", no_args_is_help=True)
 bench = typer.Typer(help="Measure, on this machine, with the real model.", no_args_is_help=True)
+adapters = typer.Typer(help="The adapters that answer, beside the bare model.", no_args_is_help=True)
 app.add_typer(models, name="models")
+app.add_typer(adapters, name="adapters")
 app.add_typer(bench, name="bench")
 
 out = Console()
@@ -208,6 +211,8 @@ def status(as_json: Json = False) -> None:
         table.add_row(
             "model", f"{model['name']}: {model['state']}" + (f" ({model['error']})" if model["error"] else "")
         )
+        for task, adapter in found["adapters"].items():
+            table.add_row(task, _answering(adapter))
         table.add_row("served", ", ".join(f"{count} {what}" for what, count in found["served"].items()))
         if found["tcp_port"]:
             table.add_row("TCP", f"127.0.0.1:{found['tcp_port']}, token in {paths.runtime_dir() / 'token'}")
@@ -360,6 +365,49 @@ def retry_model(name: Annotated[str, typer.Argument(help="A model that was set a
     typer.echo(f"{name} will be tried again" if found else f"{name} was not set aside")
 
 
+_Tasks = Annotated[list[Task] | None, typer.Option("--task", help="Completion if not given; can be given twice.")]
+
+
+@adapters.command("list")
+def list_adapters(as_json: Json = False) -> None:
+    """Show which adapter serves which task."""
+    _show_adapters(_talk(lambda client: client.adapters()), as_json)
+
+
+@adapters.command("serve")
+def serve_adapter(
+    folder: Annotated[Path, typer.Argument(help="As PEFT saves one, with the tabwise.json of its training.")],
+    task: _Tasks = None,
+    as_json: Json = False,
+) -> None:
+    """Answer with an adapter from the next request on; the model stays loaded."""
+    folders = dict.fromkeys(task or [Task.COMPLETION], str(folder.absolute()))
+    _show_adapters(_talk(lambda client: client.serve_adapters(folders)), as_json)
+
+
+@adapters.command("none")
+def serve_no_adapter(task: _Tasks = None, as_json: Json = False) -> None:
+    """Answer with the bare model from the next request on."""
+    folders = dict.fromkeys(task or [Task.COMPLETION])
+    _show_adapters(_talk(lambda client: client.serve_adapters(folders)), as_json)
+
+
+def _show_adapters(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for task, adapter in found.items():
+        typer.echo(f"{task}: {_answering(adapter)}")
+
+
+def _answering(adapter: dict[str, Any] | None) -> str:
+    if adapter is None:
+        return "the bare model"
+    return f"{adapter['name'] or 'the bare model, until it is loaded'} from {adapter['folder']}" + (
+        f" ({adapter['error']})" if adapter["error"] else ""
+    )
+
+
 @bench.command("start")
 def bench_start(as_json: Json = False) -> None:
     """The language server's start, beside a server that does nothing."""
@@ -500,6 +548,27 @@ def bench_loop(
             )
         )
     _show_figures(found, as_json)
+
+
+@bench.command("adapter")
+def bench_adapter(
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of an adapter; one of random weights if not given.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Places of the cursor, in files of Python's own library.")] = 100,
+    skip: Annotated[int, typer.Option(min=0, help="Places to leave out first, to measure in parts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Chooses the places, and the random weights.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Whether llama.cpp serves the adapter that PEFT serves: texts and log-probabilities of both; needs the training extra."""
+    options = [f"--prompts={prompts}", f"--skip={skip}", f"--seed={seed}"]
+    options += [f"--adapter={adapter}"] if adapter else []
+    # A process: nothing of the command line loads torch.
+    command = [sys.executable, "-m", "agent.adapter_bench", *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.stdout:
+        _show_figures(json.loads(done.stdout), as_json)
+    raise typer.Exit(done.returncode)
 
 
 def _language_server_bench(name: str) -> dict[str, Any]:

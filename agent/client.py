@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from pathlib import Path
@@ -127,6 +127,23 @@ class DaemonClient:
         """Return the daemon's status."""
         return await self._get("/status")
 
+    async def adapters(self) -> dict[str, dict[str, Any] | None]:
+        """Return what each task is served with: folder, name and error; None for the bare model."""
+        return await self._get("/tabwise/adapters")
+
+    async def serve_adapters(self, folders: Mapping[str, str | None]) -> dict[str, dict[str, Any] | None]:
+        """Have tasks served with the adapters in these folders, None for the bare model; returns what is served then.
+
+        Raises:
+            AdapterError: One is refused; what was served before still is.
+        """
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_ANSWER_S)  # the model may have to be loaded first
+        try:
+            async with self._open().put("/tabwise/adapters", json=dict(folders), timeout=timeout) as answer:
+                return _unless_error(await _fields(answer))
+        except aiohttp.ClientError as error:
+            raise _unreachable(error) from None
+
     async def generation(self, completion_id: str) -> Generation:
         """Return the facts of a generation."""
         return wire.structure(Generation, await self._get(f"/tabwise/generations/{completion_id}"))
@@ -215,9 +232,7 @@ class DaemonClient:
             fields = await self._ask("GET", path)
         except (TimeoutError, aiohttp.ClientError) as error:
             raise _unreachable(error) from None
-        if "error" in fields:
-            raise wire.error_from(fields["error"])
-        return fields
+        return _unless_error(fields)
 
     async def _ask(self, method: str, path: str) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=_ANSWER_S)
@@ -286,6 +301,12 @@ async def _fields(answer: aiohttp.ClientResponse) -> dict[str, Any]:
         fields = None
     if not isinstance(fields, dict):
         raise DaemonError(f"the daemon answered {answer.status} without JSON; see {paths.log_dir()}")
+    return fields
+
+
+def _unless_error(fields: dict[str, Any]) -> dict[str, Any]:
+    if "error" in fields:
+        raise wire.error_from(fields["error"])
     return fields
 
 

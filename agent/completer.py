@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from agent import context, filters, fim, healing, postprocess, stopping, syntax
+from agent import base_facts, context, filters, fim, healing, postprocess, stopping, syntax
 from agent.config import CompletionSettings
 from agent.context import Surroundings
 from agent.engines.base import Decoded, Finished, GenerationRequest, Prefilled, Token
@@ -66,6 +66,8 @@ class Spent:
 class _Trace:
     """What happened at the engine, as it happens."""
 
+    adapter: str | None = None
+    """What it is asked with, from the beginning of the answer to its end."""
     prompt_ids: tuple[int, ...] = ()
     output_ids: list[int] = field(default_factory=list)
     output_logps: list[float] = field(default_factory=list)
@@ -119,6 +121,7 @@ async def complete(
     settings: CompletionSettings,
     spent: Spent | None = None,
     layout: Layout = Layout.HEALED,
+    adapter: str | None = None,
 ) -> AsyncGenerator[str | Completed, None]:
     """Answer a request.
 
@@ -128,6 +131,7 @@ async def complete(
         settings: Budgets.
         spent: Is told what it cost, even if the work is cancelled.
         layout: How the prompt is laid out.
+        adapter: Name of an attached adapter to ask; it must stay attached until the end. None for the bare model.
 
     Returns:
         Parts of the text as soon as they are sure to stay, then one `Completed`. Closing it cancels the work.
@@ -139,13 +143,14 @@ async def complete(
     if context.is_secret(request.document.path):
         nothing = Timing(_ms(started), None, 0, 0, 0)
         yield Completed(
-            Completion(request.id, "", Source.ENGINE, StopReason.END, nothing, dropped_by="is_secret"), None
+            Completion(request.id, "", Source.ENGINE, StopReason.END, nothing, dropped_by="is_secret", adapter=adapter),
+            None,
         )
         return
     around = context.surroundings(request.prefix, request.suffix, request.anchor)
     multiline = _wants_block(request, around) if request.multiline is None else request.multiline
     rules = stopping.rules_for(around, multiline=multiline, max_lines=settings.block_lines)
-    trace = _Trace(brief=request.brief)
+    trace = _Trace(adapter, brief=request.brief)
     text, told, first_text_ms = "", "", None
     stop: stopping.Stop | None = None
     budget = _budget(loaded, request, settings, multiline=multiline)
@@ -181,6 +186,7 @@ async def complete(
         settled,
         _beyond(text, whole, settled),
         trace.brief,
+        adapter,
     )
     yield Completed(completion, _facts(loaded, request.id, trace))
 
@@ -242,7 +248,7 @@ async def _write(
     if layout is Layout.ORDINARY:
         around = replace(around, head=around.head + around.live, live="")
     prompt_ids, live = await _prompt(loaded, around, request, settings, budget)
-    unread = len(prompt_ids) - loaded.engine.held(prompt_ids)
+    unread = len(prompt_ids) - loaded.engine.held(prompt_ids, trace.adapter)
     if request.impatient and not request.brief and unread > len(prompt_ids) // _BRIEF:
         # It was pushed out by other places or other editors, or the model was away: a short one is read sooner.
         trace.brief = True
@@ -268,7 +274,7 @@ async def _write(
 async def _read(loaded: LoadedModel, request: CompletionRequest, trace: _Trace) -> None:
     """Have the prompt read into the cache, and nothing written."""
     trace.asked()
-    ask = GenerationRequest(trace.prompt_ids, 0, ahead=request.ahead)
+    ask = GenerationRequest(trace.prompt_ids, 0, adapter=trace.adapter, ahead=request.ahead)
     async with aclosing(loaded.engine.generate(ask)) as stream:
         async for event in stream:
             if isinstance(event, Prefilled):
@@ -288,6 +294,7 @@ async def _healed(
             prompt_ids=(*trace.prompt_ids, *trace.output_ids),
             max_tokens=max(1, budget - len(trace.output_ids)),
             alternatives=healing.N_ALTERNATIVES,
+            adapter=trace.adapter,
             ahead=ahead,
         )
         trace.asked()
@@ -321,7 +328,8 @@ async def _healed(
 
 async def _unhealed(loaded: LoadedModel, budget: int, trace: _Trace, *, ahead: bool) -> AsyncGenerator[str, None]:
     trace.asked()
-    async with aclosing(loaded.engine.generate(GenerationRequest(trace.prompt_ids, budget, ahead=ahead))) as stream:
+    ask = GenerationRequest(trace.prompt_ids, budget, adapter=trace.adapter, ahead=ahead)
+    async with aclosing(loaded.engine.generate(ask)) as stream:
         async for event in stream:
             if isinstance(event, Prefilled):
                 trace.prefilled(event)
@@ -407,8 +415,8 @@ def _facts(loaded: LoadedModel, completion_id: str, trace: _Trace) -> Generation
         completion_id=completion_id,
         model=loaded.model.name,
         model_sha256=loaded.model.sha256,
-        prompt_format=f"{loaded.fim.name if loaded.fim else 'none'}/{fim.PROMPT_FORMAT}",
-        adapter=None,
+        prompt_format=base_facts.prompt_format(loaded.fim),
+        adapter=trace.adapter,
         prompt_ids=trace.prompt_ids,
         output_ids=tuple(trace.output_ids),
         output_logps=tuple(trace.output_logps),

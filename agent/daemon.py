@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,8 +25,10 @@ from agent import completer, explainer, http_io, openai_api, wire
 from agent.completer import Completed, Spent
 from agent.config import Settings
 from agent.engine_host import EngineHost, HostState
+from agent.engines.base import Task
 from agent.errors import RequestError, TabwiseError
 from agent.http_io import OpenRequests
+from agent.served_adapters import ServedAdapters
 from agent.types import CompletionRequest, Explanation, ExplanationRequest, Generation
 from agent.version import __version__
 
@@ -42,6 +45,7 @@ class Daemon:
 
     settings: Settings
     host: EngineHost
+    adapters: ServedAdapters
     stop: Callable[[], None]
     """Ends the process, in good order."""
     tcp_port: int | None = None
@@ -79,6 +83,7 @@ class Daemon:
                 "loads": self.host.loads,
                 "idle_s": round(self.host.idle_s, 1),
             },
+            "adapters": self.adapters.describe(),
             "snippet_tokens": (
                 completer.snippet_tokens(self.settings.completion, on_gpu=loaded.engine.on_gpu) if loaded else 0
             ),
@@ -99,9 +104,10 @@ def create_app(daemon: Daemon) -> Starlette:
         Route("/tabwise/warm", _route(daemon, _warm), methods=["POST"]),
         Route("/tabwise/complete", _route(daemon, _complete), methods=["POST"]),
         Route("/tabwise/explain", _route(daemon, _explain), methods=["POST"]),
+        Route("/tabwise/adapters", _route(daemon, _adapters), methods=["GET", "PUT"]),
         Route("/tabwise/generations/{completion_id}", _route(daemon, _generation)),
     ]
-    app = Starlette(routes=[*own, *openai_api.routes(daemon.host, daemon.open_requests)])
+    app = Starlette(routes=[*own, *openai_api.routes(daemon.host, daemon.adapters, daemon.open_requests)])
     app.state.daemon = daemon
     return app
 
@@ -145,6 +151,16 @@ async def _generation(daemon: Daemon, request: Request) -> Response:
     return JSONResponse(wire.plain(found))
 
 
+async def _adapters(daemon: Daemon, request: Request) -> Response:
+    if request.method == "PUT":
+        wanted = wire.structure(dict[Task, Path | None], await http_io.body_of(request))
+        if relative := [str(folder) for folder in wanted.values() if folder and not folder.is_absolute()]:
+            raise RequestError(f"the folder {relative[0]!r} is not absolute; the daemon has a directory of its own")
+        with daemon.open_requests:
+            await daemon.adapters.serve(wanted)
+    return JSONResponse(daemon.adapters.describe())
+
+
 async def _warm(daemon: Daemon, request: Request) -> Response:
     await http_io.body_of(request)
 
@@ -167,7 +183,8 @@ async def _complete(daemon: Daemon, request: Request) -> Response:
         held, sent = "", 0.0
         async with (
             daemon.host.use() as loaded,
-            aclosing(completer.complete(loaded, asked, daemon.settings.completion, spent)) as stream,
+            daemon.adapters.held(Task.COMPLETION) as adapter,
+            aclosing(completer.complete(loaded, asked, daemon.settings.completion, spent, adapter=adapter)) as stream,
         ):
             async for part in stream:
                 if isinstance(part, Completed):
@@ -203,7 +220,8 @@ async def _explain(daemon: Daemon, request: Request) -> Response:
             yield wire.line(state=HostState.LOADING.value)
         async with (
             daemon.host.use() as loaded,
-            aclosing(explainer.explain(loaded, asked, daemon.settings.explain)) as stream,
+            daemon.adapters.held(Task.EXPLANATION) as adapter,
+            aclosing(explainer.explain(loaded, asked, daemon.settings.explain, adapter)) as stream,
         ):
             async for part in stream:
                 if isinstance(part, Explanation):

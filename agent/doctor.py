@@ -76,7 +76,7 @@ def _examine() -> Iterator[Finding]:
 
 def _device() -> Finding:
     try:
-        from agent.engines.llamacpp import devices  # 100 MB of native code, and the doctor must work without it
+        from agent.engines.llamacpp_server import devices  # 100 MB of native code, and the doctor must work without it
     except ImportError:
         return Finding("device", None, "unknown: llama.cpp is not installed")
     found = devices()

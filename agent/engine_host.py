@@ -54,6 +54,8 @@ class EngineHost:
         self.loads = 0
         self.last_used = time.monotonic()
         self.users = 0
+        self.on_loaded: Callable[[LoadedModel], Awaitable[None]] | None = None
+        """Called with a model that was just loaded, before anybody may use it."""
         self._load = load
         self._guard = guard
         self._unload_after_s = unload_after_s
@@ -143,7 +145,10 @@ class EngineHost:
     async def _understood(self, model: LocalModel) -> LoadedModel:
         engine = await self._load(model)
         try:
-            return await prepare(model, engine)
+            loaded = await prepare(model, engine)
+            if self.on_loaded is not None:
+                await self.on_loaded(loaded)
+            return loaded
         except BaseException:
             await engine.close()  # nobody else knows of it
             raise

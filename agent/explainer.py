@@ -87,7 +87,7 @@ def chat_for(request: ExplanationRequest, code: str) -> Chat:
 
 
 async def explain(
-    loaded: LoadedModel, request: ExplanationRequest, settings: ExplainSettings
+    loaded: LoadedModel, request: ExplanationRequest, settings: ExplainSettings, adapter: str | None = None
 ) -> AsyncGenerator[str | Explanation, None]:
     """Explain code.
 
@@ -95,6 +95,7 @@ async def explain(
         loaded: Model to ask.
         request: What is wanted.
         settings: Budgets.
+        adapter: Name of an attached adapter to ask; it must stay attached until the end. None for the bare model.
 
     Returns:
         Parts of the Markdown as they come, then one `Explanation`. Closing it cancels the work.
@@ -109,9 +110,8 @@ async def explain(
     chat = chat_for(request, code)
     prompt_ids = await loaded.engine.chat_ids(chat)
     room = loaded.engine.context_tokens - len(prompt_ids)
-    ask = GenerationRequest(
-        prompt_ids, max(1, min(request.max_tokens or settings.max_tokens, room)), task=Task.EXPLANATION
-    )
+    allowed = max(1, min(request.max_tokens or settings.max_tokens, room))
+    ask = GenerationRequest(prompt_ids, allowed, task=Task.EXPLANATION, adapter=adapter)
     text, reason, first_text_ms = chat.opening, StopReason.BUDGET, None
     prefill = cached = decoded = 0
     async with aclosing(loaded.engine.generate(ask)) as stream:
@@ -135,7 +135,7 @@ async def explain(
                     break
     text = text[: echo_of(text, code)]
     timing = Timing(_ms(started), first_text_ms, prefill, cached, decoded)
-    yield Explanation(request.id, text.strip(), reason, timing, loaded.model.name)
+    yield Explanation(request.id, text.strip(), reason, timing, loaded.model.name, adapter)
 
 
 async def _fitting(loaded: LoadedModel, code: str, budget: int) -> str:

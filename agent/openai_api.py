@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +24,7 @@ from agent.engines.base import Decoded, Finished, GenerationRequest, Prefilled, 
 from agent.errors import RequestError, TabwiseError
 from agent.http_io import OpenRequests, Streamed, body_of, status_of, while_connected
 from agent.loaded import LoadedModel
+from agent.served_adapters import ServedAdapters
 from agent.types import Chat, Message
 
 _DEFAULT_TOKENS = 256  # where a request names no limit; a local machine answers in seconds, not minutes
@@ -68,11 +70,12 @@ class ChatBody(_Body):
     max_completion_tokens: int | None = Field(None, ge=1)
 
 
-def routes(host: EngineHost, open_requests: OpenRequests) -> list[Route]:
+def routes(host: EngineHost, adapters: ServedAdapters, open_requests: OpenRequests) -> list[Route]:
     """Return the routes.
 
     Args:
         host: The model to ask.
+        adapters: What it is asked with.
         open_requests: Counts what is open.
     """
 
@@ -93,12 +96,12 @@ def routes(host: EngineHost, open_requests: OpenRequests) -> list[Route]:
     async def completions(request: Request) -> Response:
         body = wire.structure(CompletionBody, await body_of(request))
         _check_model(body.model, host)
-        return await _answer(request, host, open_requests, body, _COMPLETION)
+        return await _answer(request, host, adapters, open_requests, body, _COMPLETION)
 
     async def chat(request: Request) -> Response:
         body = wire.structure(ChatBody, await body_of(request))
         _check_model(body.model, host)
-        return await _answer(request, host, open_requests, body, _CHAT)
+        return await _answer(request, host, adapters, open_requests, body, _CHAT)
 
     return [
         Route("/v1/models", guarded(models)),
@@ -128,6 +131,7 @@ _CHAT = _Shape("chatcmpl", "chat.completion", "chat.completion.chunk", chat=True
 async def _answer(
     request: Request,
     host: EngineHost,
+    adapters: ServedAdapters,
     open_requests: OpenRequests,
     body: CompletionBody | ChatBody,
     shape: _Shape,
@@ -136,7 +140,7 @@ async def _answer(
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         try:
-            async with aclosing(_texts(host, body)) as stream:
+            async with aclosing(_texts(host, adapters, body)) as stream:
                 async for text, end in stream:
                     choice = shape.choice(text, end["finish_reason"] if end else None, streamed=True)
                     usage = {"usage": end["usage"]} if end else {}
@@ -151,7 +155,7 @@ async def _answer(
     answer: dict[str, Any] = {}
     async with while_connected(request.receive):
         said = ""
-        async with aclosing(_texts(host, body)) as stream:
+        async with aclosing(_texts(host, adapters, body)) as stream:
             async for text, end in stream:
                 said += text
                 if end:
@@ -161,11 +165,12 @@ async def _answer(
 
 
 async def _texts(
-    host: EngineHost, body: CompletionBody | ChatBody
+    host: EngineHost, adapters: ServedAdapters, body: CompletionBody | ChatBody
 ) -> AsyncGenerator[tuple[str, dict[str, Any] | None], None]:
     """Yield texts, the last one with the reason for its end and the usage."""
-    async with host.use() as loaded:
-        ask = await _request(loaded, body)
+    task = Task.EXPLANATION if isinstance(body, ChatBody) else Task.COMPLETION
+    async with host.use() as loaded, adapters.held(task) as adapter:
+        ask = replace(await _request(loaded, body), adapter=adapter)
         stops = body.stops()
         text, told, decoded, prompt = "", 0, 0, len(ask.prompt_ids)
         reason = "length"

@@ -32,6 +32,7 @@ from agent.daemon import Daemon, create_app
 from agent.engine_host import EngineHost, Load
 from agent.engines.base import Engine
 from agent.errors import DaemonError, TabwiseError, UnknownModelError
+from agent.served_adapters import ServedAdapters
 from agent.version import __version__
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ def main(load: Load | None = None) -> int:
 
 
 async def _run(settings: Settings, runtime: Path, load: Load | None) -> None:
-    guard = CrashGuard(paths.private_dir(paths.data_dir() / "state"))
+    state = paths.private_dir(paths.data_dir() / "state")
+    guard = CrashGuard(state)
     if guard.last_crash:
         log.error("the previous daemon was ended by %s", guard.last_crash)
     guard.watch()
@@ -122,7 +124,7 @@ async def _run(settings: Settings, runtime: Path, load: Load | None) -> None:
         for server in servers:
             server.should_exit = True
 
-    daemon = Daemon(settings, host, stop)
+    daemon = Daemon(settings, host, ServedAdapters(host, state / "adapters.json"), stop)
     app = create_app(daemon)
     sockets: list[tuple[ASGIApp, socket.socket]] = []
     if hasattr(socket, "AF_UNIX"):

@@ -123,6 +123,8 @@ class Completion:
     """Whole lines that the engine wrote behind the end of `settled` before it was stopped."""
     brief: bool = False
     """Whether it was written from a short prompt."""
+    adapter: str | None = None
+    """Name of the adapter that it was written with; None for the bare model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,3 +186,5 @@ class Explanation:
     stop_reason: StopReason
     timing: Timing
     model: str = field(default="")
+    adapter: str | None = None
+    """Name of the adapter that it was written with; None for the bare model."""

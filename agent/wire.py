@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
-API = 3
+API = 4
 """Version of the daemon's own routes; a client of another one replaces the daemon."""
 
 

@@ -96,6 +96,14 @@ class Cache:
             self._places.popitem(last=False)
         return entry
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._places.clear()
+
+    def put(self, key: Key, entry: Entry) -> None:
+        """Take in an entry that was forgotten."""
+        self._places.setdefault(key, []).append(entry)
+
     def drop(self, key: Key, entry: Entry) -> None:
         """Forget an entry."""
         entries = self._places.get(key, [])

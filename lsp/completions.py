@@ -167,6 +167,8 @@ class Completions:
         self._elsewhere = elsewhere
         self._clock = clock
         self._sessions: dict[str, _Session] = {}
+        self._adapter: str | None = None
+        """What the daemon answered with last, and so wrote all that is kept."""
 
     def close(self) -> None:
         """The editor leaves: nothing is written or read any more."""
@@ -384,6 +386,10 @@ class Completions:
             self._take_back(session, writing)
         else:
             session.was_brief(writing.anchor, brief=done.brief)
+            if done.adapter != self._adapter:
+                self._forget_texts(done.adapter)
+                if not writing.ahead:  # what was written in advance continues a text of the other adapter's
+                    session.cache.put(writing.key, entry)
             entry.settle(base, done.settled, done.beyond)
             entry.ended = not done.settled or done.stop_reason in _NOTHING_FOLLOWS
         writing.tell()
@@ -392,6 +398,12 @@ class Completions:
             session.partial = None
             if self.on_grown is not None:
                 self.on_grown(asked.document)
+
+    def _forget_texts(self, adapter: str | None) -> None:
+        """The daemon answers with another adapter: all that is kept was written by the one before."""
+        self._adapter = adapter
+        for session in self._sessions.values():
+            session.cache.clear()
 
     def _learn(self, session: _Session, key: Key, live: str) -> None:
         shown, now = session.shown, self._clock()

@@ -17,7 +17,7 @@ from agent.engines.base import (
     Prefilled,
     Token,
 )
-from agent.errors import PromptTooLongError
+from agent.errors import AdapterError, PromptTooLongError
 from agent.types import Chat, Completion, CompletionRequest, Source, StopReason, Timing
 
 SPECIALS = (
@@ -81,6 +81,11 @@ class FakeEngine:
     """For a character that would be said: the characters that are offered besides it."""
     holds: bool = True
     """Whether it claims to have computed every prompt already."""
+    voices: dict[str, Say] = field(default_factory=dict)
+    """What it says with an adapter; without one in here, the same as ever."""
+    attached: list[Adapter] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
+    """Names of adapters that it cannot attach."""
     requests: list[GenerationRequest] = field(default_factory=list)
     cancelled: int = 0
     open_streams: int = 0
@@ -97,11 +102,15 @@ class FakeEngine:
         text = "".join(f"<|{turn.role}|>{turn.content}\n" for turn in chat.messages) + chat.opening
         return tuple(token.id for token in encode(text))
 
-    def held(self, prompt_ids: tuple[int, ...]) -> int:
+    def held(self, prompt_ids: tuple[int, ...], adapter: str | None = None) -> int:
+        del adapter
         return len(prompt_ids) if self.holds else 0
 
     async def attach(self, adapters: Sequence[Adapter]) -> None:
-        del adapters
+        assert not self.open_streams
+        if wrong := self.refused & {adapter.name for adapter in adapters}:
+            raise AdapterError(f"the adapter {wrong.pop()} is refused by this engine")
+        self.attached = list(adapters)
 
     async def close(self) -> None:
         self.closed = True
@@ -110,6 +119,8 @@ class FakeEngine:
         self.requests.append(request)
         if len(request.prompt_ids) + request.max_tokens > self.context_tokens:
             raise PromptTooLongError("too long")
+        if request.adapter and request.adapter not in {adapter.name for adapter in self.attached}:
+            raise AdapterError(f"the adapter {request.adapter} is not attached")
         self.open_streams += 1
         self.most_open = max(self.most_open, self.open_streams)
         finished = False
@@ -119,7 +130,8 @@ class FakeEngine:
                 await asyncio.sleep(self.batch_s)
                 yield Prefilled(min(done, total), total, 0)
             said = 0
-            for character in self.say(decode(request.prompt_ids)):
+            say = self.voices.get(request.adapter or "", self.say)
+            for character in say(decode(request.prompt_ids)):
                 if said == request.max_tokens:
                     break
                 await asyncio.sleep(self.token_s)
@@ -183,6 +195,8 @@ class FakeLink:
     """Whether the daemon has lost long prompts and answers from short ones."""
     read_s: float = 0.0
     """How long a prompt takes to be read where nothing is to be written."""
+    adapter: str | None = None
+    """What the daemon answers with."""
 
     async def complete(self, request: CompletionRequest) -> AsyncGenerator[str | Completion, None]:
         self.requests.append(request)
@@ -201,6 +215,8 @@ class FakeLink:
             done = True
             timing = Timing(0, None, 0, 0, 0)
             brief = request.brief or (self.forgets and request.impatient)
-            yield Completion(request.id, text, Source.ENGINE, reason, timing, settled=text, brief=brief)
+            yield Completion(
+                request.id, text, Source.ENGINE, reason, timing, settled=text, brief=brief, adapter=self.adapter
+            )
         finally:
             self.given_up += not done

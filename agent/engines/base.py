@@ -131,8 +131,13 @@ class Engine(Protocol):
     async def chat_ids(self, chat: Chat) -> tuple[int, ...]:
         """Return the prompt for a chat, in the model's own template; contents never become special tokens."""
 
-    def held(self, prompt_ids: tuple[int, ...]) -> int:
-        """Return how many tokens at the beginning of a completion's prompt are computed already, as far as is known."""
+    def held(self, prompt_ids: tuple[int, ...], adapter: str | None = None) -> int:
+        """Return how many tokens at the beginning of a completion's prompt are computed already, as far as is known.
+
+        Args:
+            prompt_ids: The prompt.
+            adapter: What they must have been computed with: the name of an adapter, or None for the bare model.
+        """
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Continue a prompt.

@@ -99,9 +99,9 @@ class DecodeLoop:
         """Most tokens of prompt and answer together, as of now; from any thread."""
         return self._headroom.context_tokens
 
-    def held(self, prompt_ids: Sequence[int]) -> int:
+    def held(self, prompt_ids: Sequence[int], adapter: str | None) -> int:
         """Return how many tokens at the beginning of a completion's prompt are computed; from any thread."""
-        return self._shelf.held(prompt_ids)
+        return self._shelf.held(prompt_ids, adapter)
 
     def serve(self, adapters: Collection[str], select: Callable[[str | None], None]) -> None:
         """Serve these adapters from now on, and give up the caches of others.

@@ -2,8 +2,8 @@
 
 The folder's name is the hash of the file it was made from (`catalog.dequantised_dir`), so that another file never finds
 it; it appears under that name only whole, and only this user can enter it. Unpacking is transformers' own. Weights are
-kept in sixteen bits, a finer grid than the one that they were quantised to; a file with weights of thirty-two bits keeps
-those.
+kept in sixteen bits, a finer grid than the one that they were quantised to; a file with matrices of thirty-two bits keeps
+those. Vectors (norms and biases) stay as they are in the file, to the bit: adapters know their base by them.
 """
 
 import logging
@@ -70,8 +70,29 @@ def _unpack(file: Path, folder: Path) -> None:
         ) from None
     if missing := sorted(facts["missing_keys"]):
         raise ModelCorruptError(f"{file} lacks {len(missing)} tensors ({missing[0]}, …); pull or copy it again")
+    _put_vectors(file, module)
     module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _put_vectors(file: Path, module: "torch.nn.Module") -> None:
+    """Have the vectors in thirty-two bits again, where transformers did nothing to them but round them."""
+    import numpy as np
+    import torch
+    from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFReader, get_tensor_name_map
+
+    reader = GGUFReader(file)
+    field = reader.get_field("general.architecture")
+    kinds = [kind for kind, name in MODEL_ARCH_NAMES.items() if field is not None and name == field.contents()]
+    settings: Any = module.config
+    names = get_tensor_name_map(kinds[0], settings.num_hidden_layers) if kinds else None
+    wide = {each.name: each for each in reader.tensors if each.tensor_type == GGMLQuantizationType.F32}
+    for name, parameter in module.named_parameters():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias")) if names and parameter.dim() == 1 else None
+        if theirs in wide:
+            values = torch.from_numpy(np.array(wide[theirs].data))
+            if torch.equal(values.to(parameter.dtype), parameter):
+                parameter.data = values
 
 
 def _kept_dtype(file: Path) -> "torch.dtype":

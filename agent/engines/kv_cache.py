@@ -132,8 +132,6 @@ class Shelf:
         self._completions = [PrefixCache(n_layers) for _ in range(completion_slots)]
         self._explanation = PrefixCache(n_layers)
         self._slots = Slots(completion_slots)
-        self._adapter_marks: dict[str | None, int] = {}
-        self._latest_adapter: str | None = None
 
     def another(self) -> "Shelf":
         """Return an empty shelf for the same model."""
@@ -151,11 +149,8 @@ class Shelf:
             written, or drafted, when it was last asked.
         """
         if request.task is Task.COMPLETION:
-            # The slots know tokens only: a mark in front of them, another for each adapter, keeps those apart.
-            mark = self._adapter_marks.setdefault(request.adapter, -1 - len(self._adapter_marks))
-            slot, _ = self._slots.choose((mark, *prompt), ahead=request.ahead)
+            slot, _ = self._slots.choose(tuple(prompt), request.adapter, ahead=request.ahead)
             cache = self._completions[slot] = self._free(self._completions[slot])
-            self._latest_adapter = request.adapter
         else:
             cache = self._explanation = self._free(self._explanation)
         tail = self._fill(cache, request, prompt)
@@ -186,13 +181,13 @@ class Shelf:
                 raise
             cache.give_up()  # it is read then, as far as there is room for that
 
-    def held(self, prompt_ids: Sequence[int]) -> int:
-        """Return how many tokens of a completion's prompt are computed, with the adapter that was asked for last.
+    def held(self, prompt_ids: Sequence[int], adapter: str | None) -> int:
+        """Return how many tokens of a completion's prompt are computed, with this adapter.
 
         May be called from any thread: a list of ids that grows meanwhile is looked at as it was or as it is.
         """
         ids = list(prompt_ids)
-        return max(each.shared(ids, self._latest_adapter) for each in self._completions)
+        return max(each.shared(ids, adapter) for each in self._completions)
 
     def forget(self, adapters: Callable[[str | None], bool]) -> None:
         """Give up the caches of those adapters for which the answer is yes."""

@@ -1,8 +1,7 @@
-"""llama.cpp, through xllamacpp, inside this process.
+"""llama.cpp as an engine: requests in, events out, and the adapters that it serves.
 
-xllamacpp's Python handlers cover chat and completions only; its HTTP server has the rest (tokens, progress, slots). It
-is bound to a socket file in our own 0700 directory: left to itself it opens a TCP port without a key and with CORS open
-to every origin. Knows nothing of prompts' layouts.
+Knows what llama.cpp is asked and answers; how its server is run stands in `llamacpp_server.py`. Knows nothing of prompts'
+layouts.
 
 One slot is for explanations, so that they do not push a completion's prompt out of the key-value cache. Completions have
 several, one for each place in the code that was worked at lately; `slots.py` chooses.
@@ -10,64 +9,59 @@ several, one for each place in the code that was worked at lately; `slots.py` ch
 A request is cancelled by closing its connection. The server notices when it next writes: after the decode step under
 way, or, since progress is asked for, after at most two batches of prefill. What is read in advance is asked for batch by
 batch, so that it holds nobody up for longer than one.
+
+llama.cpp loads adapters with the model, and each request says which of them it wants; a slot's cache is cleared there when
+the next request wants another. Adapters that are not loaded yet take a new server, which maps the same file.
 """
 
 import asyncio
-import contextlib
-import json
+import logging
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import psutil
-import xllamacpp
 
+from agent import gguf_export, gguf_header
 from agent.config import EngineSettings
+from agent.engines import llamacpp_server
 from agent.engines.base import Adapter, Alternative, Decoded, Event, Finished, GenerationRequest, Prefilled, Task, Token
+from agent.engines.llamacpp_server import LlamaServer
 from agent.engines.slots import Slots
-from agent.errors import EngineError, ModelCorruptError, PromptTooLongError
+from agent.errors import AdapterError, EngineError, ModelCorruptError, PromptTooLongError, TabwiseError
+from agent.gguf_header import GgufHeader
 from agent.types import Chat, Message
 
-_QUIET = -1  # llama.cpp's log goes to standard error and may quote prompts
-_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
-"""A long prefill says nothing for a while; callers cancel, not the clock."""
-_CPU_BATCH, _GPU_BATCH = 7, 512
-"""Seven take 0.08 s on two cores (calculated from 85 tokens a second); a GPU is left idle by small batches (not measured).
+log = logging.getLogger(__name__)
 
-Up to seven tokens, llama.cpp's kernels gave the same log-probabilities to four decimals however a prompt was cut into
-pieces, from eight on they did not (LOG; the starter on a CPU with AVX2, others were not looked at). It holds together
-with another choice in `_params`: no repacked weights, whose kernels take four rows at once. From 512 cells of the key-value
-cache on, one token is attended to by another kernel than several; an 8-bit cache would mend that, but made completions
-worse (pass@1 of single lines 0.56, not 0.61; LOG).
-"""
-_LINE_BYTES = 1 << 20  # aiohttp refuses longer lines than twice this; a token's, with 40 others, has 5 KB
+_ROOM = 2.0
+"""Times the caches that must be free for two servers at once: buffers, and what other programs take meanwhile."""
 
 
 class LlamaCppEngine:
     """A GGUF model in memory."""
 
-    def __init__(self, server: xllamacpp.Server, socket: Path, settings: EngineSettings) -> None:
+    def __init__(self, path: Path, settings: EngineSettings, runtime_dir: Path, server: LlamaServer) -> None:
         """Wrap a running server; use `load`."""
         self.context_tokens = settings.context_tokens
-        self.on_gpu = _on_gpu(settings)
+        self.on_gpu = llamacpp_server.is_on_gpu(settings)
+        self._path = path
+        self._settings = settings
+        self._runtime_dir = runtime_dir
         self._slots = Slots(settings.completion_slots)
         self._explanation_slot = settings.completion_slots
-        self._batch_tokens = _batch_tokens(settings, on_gpu=self.on_gpu)
-        self._server: xllamacpp.Server | None = server
-        self._socket = socket
-        self._http = aiohttp.ClientSession(
-            "http://engine",
-            # The server closes a connection after each stream without saying so beforehand.
-            connector=aiohttp.UnixConnector(str(socket), force_close=True),
-            headers={"Connection": "close"},
-            timeout=_TIMEOUT,
-            read_bufsize=_LINE_BYTES,
-        )
+        self._batch_tokens = llamacpp_server.batch_tokens(settings, on_gpu=self.on_gpu)
+        self._server: LlamaServer | None = server
+        self._loaded: tuple[tuple[Adapter, Path], ...] = ()
+        """What the server was loaded with, in its order; more than is attached where going back is likely."""
+        self._attached: frozenset[str] = frozenset()
+        self._header: GgufHeader | None = None
+        self._closed = False
+        self._changing = asyncio.Lock()
+        """Held while the server is replaced, and by short requests, which come while nobody holds the engine's turn."""
 
     @classmethod
     async def load(cls, path: Path, settings: EngineSettings, runtime_dir: Path) -> "LlamaCppEngine":
@@ -81,18 +75,7 @@ class LlamaCppEngine:
         Raises:
             ModelCorruptError: llama.cpp does not take the file.
         """
-        # A name of its own for each load: the server of a model that was unloaded leaves its socket file behind.
-        socket = runtime_dir / f"engine-{secrets.token_hex(3)}.sock"
-        params = _params(path, settings, socket)
-        try:
-            server = await asyncio.to_thread(xllamacpp.Server, params)
-        except RuntimeError as error:
-            raise ModelCorruptError(
-                f"llama.cpp cannot load {path}: {error} It may be damaged, of a newer kind, or too large for the memory; "
-                "see tabwise doctor"
-            ) from None
-        socket.chmod(0o600)
-        return cls(server, socket, settings)
+        return cls(path, settings, runtime_dir, await LlamaServer.start(path, settings, runtime_dir))
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[Token]:
         """Return the tokens of `text`."""
@@ -126,14 +109,14 @@ class LlamaCppEngine:
         ids += [token.id for token in await self.tokenize(chat.opening)]
         return tuple(ids)
 
-    def held(self, prompt_ids: tuple[int, ...]) -> int:
-        """Return how many tokens of a completion's prompt are computed already."""
-        return self._slots.held(prompt_ids)
+    def held(self, prompt_ids: tuple[int, ...], adapter: str | None = None) -> int:
+        """Return how many tokens of a completion's prompt are computed already, with this adapter."""
+        return self._slots.held(prompt_ids, adapter)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Continue a prompt."""
-        if request.adapter is not None:
-            raise EngineError(f"the adapter {request.adapter!r} is not loaded; this version serves the bare model only")
+        if request.adapter is not None and request.adapter not in self._attached:
+            raise AdapterError(f"the adapter {request.adapter!r} is not attached; see: tabwise adapters list")
         needed = len(request.prompt_ids) + request.max_tokens
         if needed > self.context_tokens:
             raise PromptTooLongError(
@@ -142,7 +125,7 @@ class LlamaCppEngine:
             )
         slot, held = self._explanation_slot, 0
         if request.task is Task.COMPLETION:
-            slot, held = self._slots.choose(request.prompt_ids, ahead=request.ahead)
+            slot, held = self._slots.choose(request.prompt_ids, request.adapter, ahead=request.ahead)
         if not request.ahead or request.max_tokens:
             async with aclosing(self._stream(request, slot)) as events:
                 async for event in events:
@@ -172,6 +155,7 @@ class LlamaCppEngine:
         yield Finished(ended=False, prefill_tokens=read, cached_tokens=cached or 0, decoded_tokens=0)
 
     async def _stream(self, request: GenerationRequest, slot: int) -> AsyncGenerator[Event, None]:
+        server = await self._running()
         body = {
             "prompt": list(request.prompt_ids),
             "n_predict": request.max_tokens,
@@ -183,23 +167,20 @@ class LlamaCppEngine:
             "return_tokens": True,
             "return_progress": True,
             "n_probs": max(1, request.alternatives),
+            # All of them, always: where this is missing, the server takes what it was loaded with and keeps the cache.
+            "lora": [
+                {"id": place, "scale": float(adapter.name == request.adapter)}
+                for place, (adapter, _) in enumerate(self._loaded)
+            ],
         }
         seen = 0
-        try:
-            async with self._http.post("/completion", json=body) as answer:
-                if answer.status != HTTPStatus.OK:
-                    raise EngineError(f"llama.cpp refused the request: {await _reason(answer)}")
-                async for line in answer.content:
-                    if not line.startswith(b"data: "):
-                        continue
-                    data = json.loads(line.removeprefix(b"data: "))
-                    event = await self._event(data, seen)
-                    if isinstance(event, Decoded):
-                        seen = int(data["tokens_predicted"])
-                    if event is not None:
-                        yield event
-        except aiohttp.ClientError as error:
-            raise EngineError(f"llama.cpp broke off ({type(error).__name__}); try again") from None
+        async with aclosing(server.stream(body)) as lines:
+            async for data in lines:
+                event = await self._event(data, seen)
+                if isinstance(event, Decoded):
+                    seen = int(data["tokens_predicted"])
+                if event is not None:
+                    yield event
 
     async def _event(self, data: dict[str, Any], seen: int) -> Event | None:
         if "error" in data:
@@ -234,67 +215,79 @@ class LlamaCppEngine:
         return Decoded(data["content"], ids, logps, alternatives, exact)
 
     async def attach(self, adapters: Sequence[Adapter]) -> None:
-        """Adapters are loaded with the model in llama.cpp; there is nothing to attach yet."""
-        if adapters:
-            raise EngineError("this version serves the bare model only; remove the adapter from the settings")
+        """Serve these adapters; a new server is loaded where the one at work lacks one of them.
+
+        Raises:
+            AdapterError: One of them is damaged or does not fit the model; what was served before still is.
+        """
+        wanted = {adapter.name: adapter for adapter in adapters}
+        async with self._changing:
+            if not wanted.keys() <= {adapter.name for adapter, _ in self._loaded}:
+                files = [(adapter, await self._exported(adapter)) for adapter in wanted.values()]
+                await self._replace(tuple(files))
+            self._attached = frozenset(wanted)
 
     async def close(self) -> None:
         """Free the model's memory."""
-        server, self._server = self._server, None
-        await self._http.close()
-        del server
-        with contextlib.suppress(FileNotFoundError):
-            self._socket.unlink()
+        async with self._changing:
+            self._closed = True
+            server, self._server = self._server, None
+            if server is not None:
+                await server.close()
+
+    async def _exported(self, adapter: Adapter) -> Path:
+        if self._header is None:
+            self._header = await asyncio.to_thread(gguf_header.read, self._path)
+        return await asyncio.to_thread(gguf_export.exported, adapter, self._header)
+
+    async def _replace(self, files: tuple[tuple[Adapter, Path], ...]) -> None:
+        """Load a server with other adapters in place of the one at work, which stays where that fails."""
+        old = self._server
+        if old is not None and not self._has_room_for_two():
+            # It can be brought back: what it was loaded from is still there.
+            self._server = None
+            await old.close()
+        try:
+            new = await self._start(files)
+        except ModelCorruptError as error:
+            if self._server is None:
+                await self._bring_back()
+            names = ", ".join(str(adapter.folder) for adapter, _ in files)
+            raise AdapterError(f"llama.cpp takes not all of {names}: {error}") from None
+        if self._server is not None:
+            await self._server.close()
+        self._server, self._loaded = new, files
+        self._slots = Slots(self._settings.completion_slots)
+
+    def _has_room_for_two(self) -> bool:
+        # On a CPU both map the same weights, and only the caches exist twice for a moment; a GPU would hold all twice.
+        header = self._header
+        if self.on_gpu or header is None:
+            return False
+        needed = llamacpp_server.caches_bytes(header, self._settings)
+        return needed * _ROOM < psutil.virtual_memory().available
+
+    async def _bring_back(self) -> None:
+        try:
+            self._server = await self._start(self._loaded)
+        except TabwiseError as error:
+            log.error("the model cannot be brought back yet: %s", error)  # the next request tries again
+        self._slots = Slots(self._settings.completion_slots)
+
+    async def _start(self, files: tuple[tuple[Adapter, Path], ...]) -> LlamaServer:
+        return await LlamaServer.start(self._path, self._settings, self._runtime_dir, [file for _, file in files])
+
+    async def _running(self) -> LlamaServer:
+        async with self._changing:
+            return await self._present()
+
+    async def _present(self) -> LlamaServer:
+        if self._server is None:
+            if self._closed:
+                raise EngineError("the model was unloaded; ask again")
+            self._server = await self._start(self._loaded)
+        return self._server
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        try:
-            async with self._http.post(path, json=body) as answer:
-                if answer.status != HTTPStatus.OK:
-                    raise EngineError(f"llama.cpp refused {path}: {await _reason(answer)}")
-                result: dict[str, Any] = json.loads(await answer.read())
-                return result
-        except aiohttp.ClientError as error:
-            raise EngineError(f"llama.cpp does not answer ({type(error).__name__}); try again") from None
-
-
-def devices() -> list[tuple[str, str]]:
-    """Return kind ("CPU", "GPU", …) and name of each device that this build of llama.cpp can use."""
-    found = xllamacpp.get_device_info()
-    return [(item["type"].name.rpartition("_")[2], item["description"]) for item in found]
-
-
-def _on_gpu(settings: EngineSettings) -> bool:
-    return settings.gpu_layers != 0 and any(kind == "GPU" for kind, _ in devices())
-
-
-def _batch_tokens(settings: EngineSettings, *, on_gpu: bool) -> int:
-    return settings.batch_tokens or (_GPU_BATCH if on_gpu else _CPU_BATCH)
-
-
-def _params(path: Path, settings: EngineSettings, socket: Path) -> xllamacpp.CommonParams:
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.hostnames = [str(socket)]
-    params.n_parallel = settings.completion_slots + 1
-    params.n_ctx = settings.context_tokens * params.n_parallel
-    on_gpu = _on_gpu(settings)
-    params.n_batch = params.n_ubatch = _batch_tokens(settings, on_gpu=on_gpu)
-    if not on_gpu:
-        params.no_extra_bufts = True
-    threads = settings.threads or psutil.cpu_count(logical=False) or 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.n_gpu_layers = settings.gpu_layers
-    params.ui = False
-    params.endpoint_slots = False  # would show prompts
-    params.cache_ram_mib = 0  # its second cache may take 8 GB; the slots' own caches are what we use
-    params.fit_params = False  # loads the model twice to try what fits; what fits is the memory planner's business
-    params.warmup = False  # costs a decode step at load; the first request warms it just as well
-    params.verbosity = _QUIET
-    return params
-
-
-async def _reason(answer: aiohttp.ClientResponse) -> str:
-    try:
-        return str(json.loads(await answer.read())["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"status {answer.status}"
+        async with self._changing:
+            return await (await self._present()).post(path, body)

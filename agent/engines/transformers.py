@@ -93,9 +93,9 @@ class TransformersEngine:
         """Return the prompt for a chat, in the model's own template."""
         return self._vocabulary.chat_ids(chat)
 
-    def held(self, prompt_ids: tuple[int, ...]) -> int:
-        """Return how many tokens at the beginning of a completion's prompt are computed already."""
-        return self._loop.held(prompt_ids)
+    def held(self, prompt_ids: tuple[int, ...], adapter: str | None = None) -> int:
+        """Return how many tokens at the beginning of a completion's prompt are computed already, with this adapter."""
+        return self._loop.held(prompt_ids, adapter)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Continue a prompt."""

@@ -1,7 +1,8 @@
 """Text as a model's tokens and back, byte for byte, from a tokenizer of the tokenizers library.
 
 What libraries do for convenience is undone here. Text stands as it is: no blank is put in front of it, and nothing is
-normalised, so that the tokens of the pieces of a prompt are those of the whole and stand for exactly its text. Text of
+normalised, so that the tokens of the pieces of a prompt are those of the whole and stand for exactly its text (but for
+U+2581, which is how sentencepiece writes a blank, and cannot be told from one). Text of
 the user's never becomes a special token, also where a model's files forgot to call its sentinels special (Qwen's do):
 whatever looks like markup among the tokens that were added to a vocabulary counts as special.
 """

@@ -2,11 +2,12 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 
 from agent.arbiter import Arbiter
-from agent.engines.base import Decoded, Event, Finished, GenerationRequest, Task
+from agent.engines.base import Adapter, Decoded, Event, Finished, GenerationRequest, Task
 from tests.conftest import count
 from tests.fakes import FakeEngine, decode, encode
 
@@ -138,3 +139,17 @@ def test_a_context_that_shrinks_is_seen() -> None:
     arbiter = Arbiter(engine)
     engine.context_tokens = 600
     assert arbiter.context_tokens == 600
+
+
+async def test_adapters_are_attached_between_two_streams_and_explanations_give_way() -> None:
+    engine = FakeEngine(say=tells, token_s=0.002)
+    arbiter = Arbiter(engine)
+    adapter = Adapter("one-1", Path("/one"))
+    running = asyncio.create_task(text_of(arbiter.generate(ask("story>", Task.EXPLANATION))))
+    while not engine.open_streams:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.02)
+    await arbiter.attach([adapter])  # FakeEngine fails where a stream is open
+    assert engine.attached == [adapter]
+    assert not running.done()
+    assert (await running)[0] == STORY

@@ -18,8 +18,9 @@ import httpx
 import psutil
 import pytest
 
+from agent import base_facts, catalog, fim
 from agent.client import DaemonClient
-from agent.errors import DaemonError, DaemonGoneError, InputError, RequestError
+from agent.errors import AdapterError, DaemonError, DaemonGoneError, InputError, RequestError
 from agent.types import Completion, CompletionRequest, Document, Explanation, ExplanationRequest
 from tests.conftest import StartDaemon, World
 
@@ -333,3 +334,43 @@ def test_a_whole_answer_that_nobody_waits_for_any_more_frees_the_engine(
     began = time.monotonic()
     assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
     assert time.monotonic() - began < 5  # of twenty that the other one takes
+
+
+async def test_adapters_are_served_and_refused_by_name(
+    fake_daemon: StartDaemon, fake_world: World, http: httpx.Client
+) -> None:
+    pytest.importorskip("safetensors", reason="safetensors is not installed; make train-deps")
+    from tests.adapter_folders import write_adapter
+
+    facts = base_facts.of(catalog.find(str(fake_world.root / "fake.gguf")), fim.FORMATS["qwen"])
+    mine, foreign = write_adapter(fake_world.root / "mine", facts=facts), write_adapter(fake_world.root / "foreign")
+    fake_daemon()
+    async with DaemonClient() as client:
+        assert await client.adapters() == {"completion": None, "explanation": None}
+        with pytest.raises(AdapterError, match="foreign is refused"):
+            await client.serve_adapters({"completion": str(foreign)})
+        with pytest.raises(RequestError, match="absolute"):
+            await client.serve_adapters({"completion": "mine"})
+        with pytest.raises(RequestError):
+            await client.serve_adapters({"nonesuch": str(mine)})
+        found = await client.serve_adapters({"completion": str(mine)})
+        assert found["completion"] is not None
+        name = found["completion"]["name"]
+        completion = await complete(client, asked := request())
+        assert completion.adapter == (await client.generation(asked.id)).adapter == name
+        assert (await client.status())["adapters"] == found == await client.adapters()
+        parts = await drain(client.explain(ExplanationRequest("e", "a.py", "python", "x = 'EXPLAIN'")))
+        assert parts[-1].adapter is None
+    assert http.post("/v1/completions", json={"prompt": "x = "}).status_code == 200
+    listed = fake_world.run("adapters", "list")
+    assert listed.stdout == f"completion: {name} from {mine}\nexplanation: the bare model\n"
+    assert name in fake_world.run("status").stdout.replace("\n", "")
+    refused = fake_world.run("adapters", "serve", str(foreign))
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+    both = fake_world.run("adapters", "serve", str(mine), "--task", "explanation", "--json")
+    assert {task: each["name"] for task, each in json.loads(both.stdout).items()} == {
+        "completion": name,
+        "explanation": name,
+    }
+    none = fake_world.run("adapters", "none", "--task", "completion", "--task", "explanation")
+    assert none.stdout == "completion: the bare model\nexplanation: the bare model\n"

@@ -18,6 +18,10 @@ def test_a_header_is_read(tmp_path: Path) -> None:
     assert header.context_tokens == 4096
     assert header.vocabulary == frozenset(SPECIALS)
     assert header.metadata["some.numbers"] == 3
+    assert header.words == SPECIALS
+    first, second = header.tensors["output_norm.weight"], header.tensors["blk.0.attn_norm.weight"]
+    assert (first.shape, first.kind, second.start - first.start) == ((16,), 0, 64)
+    assert path.read_bytes()[first.start : second.start] == bytes(range(64))
 
 
 def test_every_cut_is_noticed_up_to_the_last_tensor(tmp_path: Path) -> None:

@@ -59,6 +59,20 @@ def test_what_is_held_of_a_prompt() -> None:
     assert slots.held((1, 9)) == 1
 
 
+def test_what_another_adapter_computed_is_of_no_use() -> None:
+    slots = Slots(2)
+    first, _ = slots.choose((1, 2, 3, 4), "a", ahead=False)
+    slots.read(first, 4)
+    assert slots.held((1, 2, 3, 4), "a") == 4
+    assert slots.held((1, 2, 3, 4), "b") == slots.held((1, 2, 3, 4)) == 0
+    second, held = slots.choose((1, 2, 3, 4, 5), "b", ahead=False)
+    assert (second != first, held) == (True, 0)
+    slots.read(second, 5)
+    assert slots.choose((1, 2, 3, 4, 5), None, ahead=False) == (first, 0)  # the one that was used longest ago
+    assert slots.choose((1, 2, 3, 4, 5, 6), "b", ahead=False) == (second, 5)
+    assert slots.held((1, 2, 3, 4), "a") == 0
+
+
 def test_common() -> None:
     assert common((), (1,)) == 0
     assert common((1, 2, 3), (1, 2)) == 2

@@ -431,3 +431,28 @@ async def test_what_is_known_at_an_anchor_is_not_taken_over_to_another_text_behi
     text = await shown(made, f"{first}\n{second}\n{third}█\n{fourth}", deleted=True)
     assert text == "\n" + fourth  # the fake's word, asked for anew
     assert [one.suffix for one in made._link.requests if not one.ahead][-1] == "\n" + fourth  # type: ignore[attr-defined]
+
+
+async def test_what_another_adapter_wrote_is_forgotten() -> None:
+    link = FakeLink(tells)
+    made = completions(link)
+    first = TEXT.split("\n")[0]
+    assert await shown(made, "█") == first
+    link.adapter, link.say = "new-1", lambda prefix: "another way"
+    assert await shown(made, "value█") == first[5:]  # nothing has told of the adapter yet
+    assert await shown(made, "other █") == "another way"
+    assert await shown(made, "other a█") == "nother way"  # what told of it is kept
+    assert await shown(made, "value█") == "another way"
+
+
+async def test_what_was_written_in_advance_behind_another_adapters_text_is_forgotten() -> None:
+    link = FakeLink(tells)
+    made = completions(link)
+    first = TEXT.split("\n")[0]
+    link.say = lambda prefix: first if not prefix else "\nof another"
+    assert await shown(made, "█") == first
+    link.adapter = "new-1"
+    await asyncio.sleep(0.02)  # looks ahead
+    assert [request.prefix for request in link.requests if request.ahead] == [first]
+    link.say = lambda prefix: "\nof this"
+    assert (await shown(made, first + "█")).strip() == "of this"

@@ -72,7 +72,7 @@ def test_what_is_common_is_kept() -> None:
     assert held(cache) == [[1, 2, 3]] * 2
     other, tail = take(shelf, 1, 2, 9)
     assert (other.ids, tail) == ([1, 2], [])
-    assert shelf.held([1, 2, 9, 9]) == 2
+    assert shelf.held([1, 2, 9, 9], None) == 2
 
 
 def test_another_place_gives_what_it_has() -> None:
@@ -107,9 +107,9 @@ def test_each_adapter_computes_for_itself() -> None:
     assert with_a is not bare
     assert with_a.ids == []
     fill(with_a, [1, 2, 3])
-    assert shelf.held([1, 2, 3, 4]) == 3  # with the adapter that was asked for last
-    take(shelf, 1, 2, 3, 4)
-    assert shelf.held([1, 2, 3, 4]) == 4
+    assert shelf.held([1, 2, 3, 4], "a") == 3
+    assert shelf.held([1, 2, 3, 4], None) == 4
+    assert shelf.held([1, 2, 3, 4], "b") == 0
     shelf.forget(lambda name: name == "a")
     assert (with_a.ids, with_a.nbytes) == ([], 0)
     assert bare.ids == [1, 2, 3, 4]

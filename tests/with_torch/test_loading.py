@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from agent import catalog
+from agent import base_facts, catalog
 from agent.catalog import LocalModel
 from agent.engines import dequantised, loading, quantisation
 from agent.engines.quantisation import Device, Quantisation
@@ -170,6 +170,10 @@ def write_gguf(path: Path, module: Any, kind: gguf.GGMLQuantizationType, *, with
 @pytest.fixture
 def packed(world: World) -> tuple[LocalModel, Any]:
     module = small_module()
+    torch.manual_seed(1)
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 1:  # down to what float16 cannot hold
+            parameter.data = torch.randn_like(parameter) * (1e-6 if name.endswith("bias") else 1.0)
     file = world.root / "small.gguf"
     write_gguf(file, module, gguf.GGMLQuantizationType.Q8_0)
     return catalog.find(str(file)), module
@@ -184,7 +188,12 @@ def test_a_gguf_file_is_unpacked_once(packed: tuple[LocalModel, Any], monkeypatc
         kind = gguf.GGMLQuantizationType.Q8_0
         expected = gguf.dequantize(gguf.quantize(original, kind), kind).astype(np.float16).astype(np.float32)
         assert np.array_equal(unpacked.state_dict()[name].numpy(), expected)
+    for name, vector in module.state_dict().items():
+        if vector.dim() == 1:
+            assert torch.equal(unpacked.state_dict()[name], vector), name
     kept = catalog.dequantised_dir(model.sha256)
+    facts = [base_facts.of(each, None) for each in (model, LocalModel("kept", kept, "safetensors", None, 0, ""))]
+    assert facts[0] == facts[1]  # an adapter for one fits the other
     assert model.sha256 in kept.name
     assert kept.stat().st_mode & 0o777 == 0o700
     assert [each.name for each in kept.parent.iterdir()] == [kept.name]

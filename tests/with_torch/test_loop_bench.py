@@ -75,7 +75,7 @@ def test_the_command(world: World, code: list[Path]) -> None:
     assert found["places"]["same"] == {"drafts": "2 of 2"}
     missing = world.run("bench", "loop", str(code[0]), "--model", "nonesuch")
     assert missing.returncode == 1
-    assert missing.stderr.strip().startswith("tabwise: unknown model 'nonesuch'")
+    assert missing.stderr.strip().splitlines()[-1].startswith("tabwise: unknown model 'nonesuch'")
 
 
 async def test_an_empty_file_is_one_line(world: World) -> None:

@@ -402,9 +402,10 @@ def lora(folder: Path, seed: int) -> Adapter:
     """An adapter with random weights, for the small model."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    wrapped: Any = get_peft_model(small_module(), config)
+    module = small_module()
+    torch.manual_seed(seed)
+    wrapped: Any = get_peft_model(module, config)
     wrapped.save_pretrained(folder)
     adapters.write_manifest(folder, FACTS)
     return adapters.inspect(folder, FACTS)
