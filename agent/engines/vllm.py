@@ -119,9 +119,9 @@ class Vllm:
 
     async def texts(self, ids: Sequence[int]) -> list[str | None]:
         """Return the text of each token; None where its bytes are no text on their own."""
-        new = [one for one in dict.fromkeys(ids) if one not in self._texts]
-        if new:
+        if new := [one for one in dict.fromkeys(ids) if one not in self._texts]:
             separator = await self._separator_id()
+            new = [one for one in new if one != separator]
             joined = [separator, *(each for one in new for each in (one, separator))]
             found = (await self._text(joined)).split(_SEPARATOR)[1:-1]
             if len(found) != len(new):  # one of them holds the separator
@@ -132,6 +132,7 @@ class Vllm:
     async def _separator_id(self) -> int:
         if self._separator is None:
             self._separator = (await self._ids(_SEPARATOR))[-1]
+            self._texts[self._separator] = _SEPARATOR  # asked for between others, it could not be told from these
         return self._separator
 
     async def _tokens(self, text: str) -> list[Token]:
