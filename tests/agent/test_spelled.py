@@ -35,9 +35,8 @@ def test_what_is_no_mark_is_spelled_even_where_marks_are_allowed() -> None:
     assert spelling.mark("<|fim_prefix|>") is None
 
 
-def test_code_has_about_as_many_tokens_as_with_a_real_tokenizer() -> None:
+def test_code_has_a_token_for_each_word_or_sign_or_so() -> None:
     code = "def area(width, height):\n    return width * height\n\n\nfor row in csv.DictReader(file):\n    print(row)\n"
-    # Qwen2.5-Coder's tokenizer makes 26 of it.
     assert 20 <= len(Spelling(()).tokens(code)) <= 45
 
 
