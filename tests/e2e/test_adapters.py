@@ -29,8 +29,8 @@ RANK = 4
 MATRICES = {"self_attn.q_proj": "attn_q", "self_attn.v_proj": "attn_v", "mlp.down_proj": "ffn_down"}
 
 
-def starter_adapter(folder: Path, seed: int) -> Path:
-    """Random weights on some matrices of all layers: enough to change what the starter writes."""
+def starter_adapter(folder: Path, seed: int, strength: float = 0.05) -> Path:
+    """Random weights on some matrices of all layers: enough to change what the starter thinks likely."""
     model = catalog.find("starter")
     base = gguf_header.read(model.path)
     random = np.random.default_rng(seed)
@@ -40,7 +40,7 @@ def starter_adapter(folder: Path, seed: int) -> Path:
             inputs, outputs = base.tensors[f"blk.{layer}.{tensor}.weight"].shape
             path = f"model.layers.{layer}.{module}"
             weights[key(path, "A")] = (random.normal(size=(RANK, inputs)) / inputs**0.5).astype("f4")
-            weights[key(path, "B")] = (random.normal(size=(outputs, RANK)) * 0.05).astype("f4")
+            weights[key(path, "B")] = (random.normal(size=(outputs, RANK)) * strength).astype("f4")
     config = {"r": RANK, "target_modules": [module.partition(".")[2] for module in MATRICES]}
     return write_adapter(folder, facts=base_facts.of(model, fim.FORMATS["qwen"]), config=config, weights=weights)
 
@@ -101,7 +101,9 @@ def is_of(adapters_own: Generation, said: Generation) -> bool:
 
 
 async def test_swaps_while_four_clients_complete(real_world: World) -> None:
-    folders = [starter_adapter(real_world.root / f"{seed}", seed) for seed in (1, 2)]
+    # Of other strengths, so that their answers differ by far more than a batch's shape makes out.
+    strengths = {1: 0.05, 2: 0.2}
+    folders = [starter_adapter(real_world.root / f"{seed}", seed, strength) for seed, strength in strengths.items()]
     answers: list[Generation] = []
     swapping = True
 
